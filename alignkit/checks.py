@@ -1,0 +1,280 @@
+"""Combinations of options that cannot work, refused before any weight is loaded.
+
+An option is honoured or refused, never ignored.
+"""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+from collections.abc import Mapping
+from dataclasses import fields, replace
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from alignkit.errors import ConfigError, refuse_unknown
+from alignkit.methods import METHODS
+from alignkit.options import (
+    AdapterReference,
+    EMAReference,
+    GenerationOptions,
+    ImageOptions,
+    PrecomputedReference,
+    SyncedReference,
+    TextOptions,
+)
+from alignkit.schema import build, hints, read, refuse_unknown_keys, validate
+
+if TYPE_CHECKING:
+    from alignkit.config import RunConfig
+
+REFERENCES = ("auto", "frozen", "adapter_off", "none")
+_UNSUPPORTED_REFERENCES = (
+    AdapterReference,
+    EMAReference,
+    SyncedReference,
+    PrecomputedReference,
+)
+_PACKINGS = ("auto", "bucket", "none")
+_OPTIONS_OF: Mapping[str, Any] = {"text": TextOptions, "image": ImageOptions}
+_GENERATION_OF = {
+    "text": ("max_new_tokens", "temperature", "top_p", "top_k", "stop"),
+    "image": ("steps", "guidance_scale", "height", "width"),
+}
+
+
+def check(config: RunConfig, modality: str | None = None) -> None:
+    """Raise `ConfigError` for options that do not exist or do not go together.
+
+    Args:
+        config: the run, from a file or made in Python.
+        modality: "text" or "image" where it is known; None leaves out what depends on it.
+    """
+    if type(config.method) not in METHODS.values():
+        known = ", ".join(f"{cls.__name__}()" for cls in METHODS.values())
+        raise ConfigError(f"method must be one of {known}; got {config.method!r}.")
+    validate(config, "")
+    for name in ("policy", "data"):
+        if getattr(config, name) is None:
+            raise ConfigError(f"{name} must be given; got None.")
+    _check_method(config, modality)
+    _check_reference(config)
+    _check_data_options(config, modality)
+    _check_generation(config, modality)
+    _check_evaluation(config)
+    _check_hardware(config, modality)
+    _check_run_folder(config)
+
+
+def resolve_data_options(
+    config: RunConfig,
+    modality: str,
+    default: TextOptions | ImageOptions | None = None,
+) -> TextOptions | ImageOptions | None:
+    """The `TextOptions` or `ImageOptions` of a run whose modality is known.
+
+    Args:
+        config: its `data_options` may still be the mapping of a YAML file.
+        modality: "text" or "image".
+        default: the options that hold when none are given; a mapping changes them key by key. None:
+            the defaults of the class, and no options stay None.
+    """
+    cls = _OPTIONS_OF[modality]
+    given = config.data_options
+    if given is None:
+        return default
+    if isinstance(given, Mapping):
+        for key in given:
+            for other, options in _OPTIONS_OF.items():
+                if key in hints(options) and key not in hints(cls):
+                    raise ConfigError(
+                        f"data_options.{key} is an option of {other} data only, and the policy is of "
+                        f"modality {modality!r}. Leave it out."
+                    )
+        options = build(cls, given, "data_options")
+        changes = {key: getattr(options, key) for key in given}
+        return options if default is None else replace(default, **changes)
+    if not isinstance(given, cls):
+        raise ConfigError(
+            f"data_options of a policy of modality {modality!r} must be {cls.__name__}; "
+            f"got {type(given).__name__}. Write data_options={cls.__name__}(...)."
+        )
+    return given
+
+
+def _check_method(config: RunConfig, modality: str | None) -> None:
+    method = config.method
+    kind = type(method).__name__
+    for name in ("reward", "judge"):
+        if not method.online and getattr(config, name) is not None:
+            raise ConfigError(
+                f"{name} is used by online methods, which score answers as they sample them; {kind} "
+                f"learns from the preferences in data. Leave {name} out."
+            )
+    loss = method.loss
+    if isinstance(loss, str):
+        from alignkit.losses import PREFERENCE_LOSSES
+
+        refuse_unknown("loss", loss, PREFERENCE_LOSSES)
+        loss = PREFERENCE_LOSSES[loss]
+    if hasattr(loss, "check_keywords"):
+        _check_table_loss(loss, method.keywords, kind)
+    else:
+        try:
+            inspect.signature(loss).bind(None, beta=1.0, **method.keywords)
+        except TypeError as error:
+            given = ", ".join(["scores", "beta=...", *(f"{key}=..." for key in method.keywords)])
+            raise ConfigError(
+                f"method.loss is called as loss({given}), which its signature does not allow: {error}."
+            ) from None
+    if modality == "image" and not getattr(loss, "scale_free", True):
+        raise ConfigError(
+            f"Loss {loss.name!r} is not a function of beta * log_ratio alone, so it means nothing for the "
+            "log-ratios of images, which are about 1e-4. Take a loss such as 'sigmoid'."
+        )
+    needs_reference = getattr(loss, "needs_reference", None)
+    if needs_reference is True and config.reference == "none":
+        raise ConfigError(
+            f"Loss {loss.name!r} compares the policy with a reference; got reference='none'. "
+            "Write reference='auto'."
+        )
+    if needs_reference is False and config.reference not in ("auto", "none"):
+        raise ConfigError(
+            f"Loss {loss.name!r} uses no reference; got reference={config.reference!r}. "
+            "Leave reference out."
+        )
+
+
+def _check_table_loss(loss: Any, keywords: Mapping[str, Any], kind: str) -> None:
+    """Names, types and ranges of a loss's own options; ranges by evaluating it on one pair."""
+    import torch
+
+    from alignkit.losses import PairScores
+
+    loss.check_keywords(keywords)
+    for key, value in keywords.items():
+        read(type(loss.keywords[key]), value, f"method.{key}")
+    zero, one = torch.zeros(1), torch.ones(1)
+    probe = PairScores(zero, zero, zero, zero, chosen_length=one, rejected_length=one)
+    loss(probe, beta=1.0, **keywords)
+
+
+def _check_reference(config: RunConfig) -> None:
+    reference = config.reference
+    if reference is None or isinstance(reference, _UNSUPPORTED_REFERENCES):
+        raise ConfigError(
+            f"reference must be {', '.join(map(repr, REFERENCES))}, or a model (an object, a folder or a "
+            f"hub name); got {reference!r}."
+        )
+    if isinstance(reference, str) and "/" not in reference and not Path(reference).exists():
+        meant = difflib.get_close_matches(reference, REFERENCES, n=1, cutoff=0.7)
+        if meant and reference not in REFERENCES:
+            refuse_unknown("reference", reference, REFERENCES)
+    if reference == "adapter_off" and config.adapter is None and not _has_adapter(config.policy):
+        raise ConfigError(
+            "reference='adapter_off' compares the policy with itself without its adapter, and it has none; "
+            "got adapter=None. Add an adapter, adapter=LoRA(), or write reference='frozen'."
+        )
+
+
+def _has_adapter(policy: Any) -> bool:
+    if isinstance(policy, (str, Path)):
+        return (Path(policy) / "adapter_config.json").is_file()
+    model = policy[0] if isinstance(policy, tuple) else getattr(policy, "unet", policy)
+    return bool(getattr(model, "peft_config", None))
+
+
+def _check_data_options(config: RunConfig, modality: str | None) -> None:
+    options = config.data_options
+    if isinstance(options, Mapping):
+        known = {**hints(TextOptions), **hints(ImageOptions)}
+        refuse_unknown_keys("data_options", options, known)
+        packing = options.get("packing", "auto")
+    else:
+        packing = getattr(options, "packing", "auto")
+    if packing in ("prefix", "varlen"):
+        raise ConfigError(
+            f"data_options.packing={packing!r} is not available; "
+            f"available: {', '.join(map(repr, _PACKINGS))}."
+        )
+    if modality is not None:
+        resolve_data_options(config, modality)
+
+
+def _check_generation(config: RunConfig, modality: str | None) -> None:
+    default = GenerationOptions()
+    for owner, names in _GENERATION_OF.items():
+        for name in names:
+            value = getattr(config.generation, name)
+            if modality not in (None, owner) and value != getattr(default, name):
+                raise ConfigError(
+                    f"generation.{name} is an option of {owner} sampling only, and the policy is of "
+                    f"modality {modality!r}; got {value!r}. Leave it out."
+                )
+
+
+def _check_evaluation(config: RunConfig) -> None:
+    if config.trainer.eval_every is not None and config.eval_data is None:
+        raise ConfigError(
+            f"trainer.eval_every={config.trainer.eval_every} evaluates on eval_data, which is not given. "
+            "Add eval_data, or leave eval_every out."
+        )
+
+
+def _check_hardware(config: RunConfig, modality: str | None) -> None:
+    trainer = config.trainer
+    if trainer.optimizer == "adamw_8bit":
+        if find_spec("bitsandbytes") is None:
+            raise ConfigError(
+                "trainer.optimizer='adamw_8bit' needs the package bitsandbytes, which is not installed. "
+                "Run pip install bitsandbytes, or write optimizer='adamw'."
+            )
+        import torch
+
+        if not torch.cuda.is_available():
+            raise ConfigError(
+                "trainer.optimizer='adamw_8bit' needs a CUDA GPU, and this machine has none. "
+                "Write optimizer='adamw'."
+            )
+    if trainer.precision == "fp16":
+        import torch
+
+        if not torch.accelerator.is_available():
+            raise ConfigError(
+                "trainer.precision='fp16' needs a GPU, and this machine has none. "
+                "Write precision='fp32' or 'bf16'."
+            )
+    if trainer.sharding == "fsdp2" and modality == "image":
+        raise ConfigError(
+            "trainer.sharding='fsdp2' is for text policies only: an SDXL pipeline fits one device, and "
+            "its UNet is not sharded. Leave sharding out; several processes train with DDP."
+        )
+
+
+def _check_run_folder(config: RunConfig) -> None:
+    trainer, resume = config.trainer, config.resume
+    if trainer.push_to_hub is not None and "/" not in trainer.push_to_hub:
+        raise ConfigError(
+            f"trainer.push_to_hub must be a repository name with its owner; got {trainer.push_to_hub!r}. "
+            f"Write push_to_hub='your-name/{trainer.push_to_hub}'."
+        )
+    named = resume in ("auto", "must", "never")
+    if not named and not Path(resume).exists():
+        raise ConfigError(
+            f"resume must be 'auto', 'must', 'never' or the path of a checkpoint; got {str(resume)!r}, "
+            "and there is no such path."
+        )
+    if config.run_dir is not None:
+        return
+    if not named or resume == "must":
+        raise ConfigError(
+            f"resume={str(resume)!r} continues a run in its folder; got run_dir=None. "
+            "Write run_dir='runs/name'."
+        )
+    for name in ("save_every", "sample_every", "keep_best"):
+        if getattr(trainer, name) is not None:
+            raise ConfigError(
+                f"trainer.{name}={getattr(trainer, name)!r} writes into the run folder; got run_dir=None. "
+                "Write run_dir='runs/name'."
+            )

@@ -1,0 +1,38 @@
+"""The one place where policy and reference meet on the same draw.
+
+For text the log-likelihood is deterministic. For diffusion it is a Monte-Carlo estimate, and a
+difference of two estimates on different draws is noise: so the draw is made here, once, and both models
+see it.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from alignkit.batches import Batch, Likelihood
+from alignkit.protocols import Backend, Key, Reference
+
+
+def log_likelihoods(
+    backend: Backend,
+    reference: Reference,
+    batch: Batch,
+    key: Key,
+    want: frozenset[str] = frozenset(),
+) -> tuple[Likelihood, Likelihood]:
+    """Likelihoods of the N answers under policy (with graph) and reference (without), on one draw.
+
+    Args:
+        backend: evaluates the policy.
+        reference: evaluates the frozen comparison.
+        batch: one micro-batch, in the same layout for both.
+        key: (seed, optimizer step).
+        want: extras asked of both.
+    """
+    draw = backend.draw(batch, key)
+    # The reference goes first: an adapter that it switches off is on again before the policy's
+    # forward, and therefore while checkpointing recomputes in backward.
+    with torch.no_grad():
+        of_reference = reference.log_likelihood(batch, draw, want)
+    of_policy = backend.module(batch, draw, want)
+    return of_policy, of_reference

@@ -1,0 +1,1 @@
+"""What is optimised: each file tells the whole story of one kind of objective."""

@@ -1,0 +1,254 @@
+"""Every option a user can set, as frozen dataclasses. The YAML has the same keys.
+
+This file imports nothing heavy: the CLI reads it to answer at once. Each class checks what it can
+by itself when it is made; combinations are checked in `alignkit.config`, before anything is loaded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Any, Literal
+
+from alignkit.errors import ConfigError
+
+BadRow = Literal["error", "skip"]
+Identical = Literal["skip", "keep", "error"]
+
+
+def _positive(owner: str, **values: float | int | None) -> None:
+    for name, value in values.items():
+        if value is not None and not value > 0:
+            raise ConfigError(f"{owner}.{name} must be above 0; got {value!r}.")
+
+
+def _not_negative(owner: str, **values: float | int | None) -> None:
+    for name, value in values.items():
+        if value is not None and not value >= 0:
+            raise ConfigError(f"{owner}.{name} must be at least 0; got {value!r}.")
+
+
+def _share(owner: str, **values: float) -> None:
+    for name, value in values.items():
+        if not 0 <= value <= 1:
+            raise ConfigError(f"{owner}.{name} must be between 0 and 1; got {value!r}.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EarlyStop:
+    """Stop when `metric` (a name of the evaluation's metrics) has not improved for `patience` evaluations."""
+
+    metric: str
+    patience: int = 3
+    mode: Literal["max", "min"] = "max"
+
+    def __post_init__(self) -> None:
+        _positive("EarlyStop", patience=self.patience)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainerOptions:
+    """How the optimizer runs; the same for every method and modality.
+
+    Attributes:
+        max_steps: optimizer steps.
+        epochs: passes over offline data. With neither given, one epoch; both together are refused.
+        batch_size: examples (pairs, groups) one optimizer step sees in total, over all processes and
+            accumulation. Batches run on across epochs; no row is dropped.
+        micro_batch: examples per forward, or "auto" by a token or pixel budget.
+        learning_rate: None takes the default of the method and wing, which is printed.
+        warmup: a share of all steps (float below 1) or a number of steps (int).
+        precision: "auto" is bf16 on GPUs that have it and fp32 elsewhere. What is trained always
+            keeps float32 master values.
+        gradient_checkpointing: "auto" turns it on where the activations would not fit.
+        save_every: steps between checkpoints; None saves none but the finished model.
+        keep_best: name of an evaluation metric; the best checkpoint is kept beside the newest ones.
+        trackers: accelerate's tracker names, such as "tensorboard" or "wandb".
+    """
+
+    max_steps: int | None = None
+    epochs: float | None = None
+    batch_size: int = 64
+    micro_batch: int | Literal["auto"] = "auto"
+    learning_rate: float | None = None
+    schedule: Literal["constant", "linear", "cosine"] = "linear"
+    warmup: float | int = 0.1
+    optimizer: Literal["adamw", "adamw_8bit", "adafactor"] = "adamw"
+    weight_decay: float = 0.0
+    max_grad_norm: float = 1.0
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    gradient_checkpointing: bool | Literal["auto"] = "auto"
+    compile: bool = False
+    sharding: Literal["none", "fsdp2"] = "none"
+    log_every: int = 10
+    eval_every: int | None = None
+    sample_every: int | None = None
+    save_every: int | None = None
+    keep_checkpoints: int = 2
+    keep_best: str | None = None
+    early_stop: EarlyStop | None = None
+    trackers: tuple[str, ...] = ()
+    push_to_hub: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.max_steps is not None and self.epochs is not None:
+            raise ConfigError(
+                "trainer.max_steps and trainer.epochs say the same thing twice; got "
+                f"max_steps={self.max_steps} and epochs={self.epochs}. Give one of them."
+            )
+        counts = ("max_steps", "epochs", "batch_size", "log_every", "eval_every", "sample_every")
+        counts += ("save_every", "keep_checkpoints", "max_grad_norm", "learning_rate")
+        _positive("trainer", **{name: getattr(self, name) for name in counts})
+        if self.micro_batch != "auto":
+            _positive("trainer", micro_batch=self.micro_batch)
+        _not_negative("trainer", warmup=self.warmup, weight_decay=self.weight_decay)
+        if isinstance(self.warmup, float) and self.warmup > 1:
+            raise ConfigError(
+                f"trainer.warmup as a float is a share of all steps, at most 1.0; got {self.warmup}. "
+                f"For {self.warmup:g} steps write the integer {int(self.warmup)}."
+            )
+        for name in ("keep_best", "early_stop"):
+            if getattr(self, name) is not None and self.eval_every is None:
+                raise ConfigError(
+                    f"trainer.{name} chooses by an evaluation, and there is none; "
+                    "set trainer.eval_every and eval_data."
+                )
+        object.__setattr__(self, "trackers", tuple(self.trackers))
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextOptions:
+    """How text rows are read.
+
+    Attributes:
+        max_length: longest prompt + completion in tokens.
+        truncation: what is cut from longer rows: "keep_start" cuts the completion's end (and then
+            the prompt's end), "keep_end" the prompt's start; counted and warned of. "error" refuses.
+        on_bad_row: what happens to rows that cannot be used: "error", or "skip" (counted).
+        identical_pairs: pairs whose two answers are the same teach nothing; skipped and counted.
+        columns: our column name -> the data's.
+    """
+
+    max_length: int = 1024
+    truncation: Literal["keep_start", "keep_end", "error"] = "keep_start"
+    packing: Literal["auto", "prefix", "varlen", "bucket", "none"] = "auto"
+    on_bad_row: BadRow = "error"
+    identical_pairs: Identical = "skip"
+    columns: Mapping[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        _positive("data_options", max_length=self.max_length)
+        object.__setattr__(self, "columns", MappingProxyType(dict(self.columns)))
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageOptions:
+    """How image rows are read.
+
+    Attributes:
+        resolution: pixels of the square that an image is resized (short side) and cropped to.
+        ties: Pick-a-Pic rows without a winner: dropped, kept with p_chosen one half, or refused.
+        crop, flip, caption_dropout: drawn per row from (seed, epoch, row id), the same for both
+            sides of a pair.
+        columns: our column name -> the data's.
+    """
+
+    resolution: int = 1024
+    ties: Literal["drop", "half", "error"] = "drop"
+    identical_pairs: Identical = "skip"
+    crop: Literal["center", "random"] = "center"
+    flip: bool = False
+    caption_dropout: float = 0.0
+    on_bad_row: BadRow = "error"
+    columns: Mapping[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        _positive("data_options", resolution=self.resolution)
+        _share("data_options", caption_dropout=self.caption_dropout)
+        object.__setattr__(self, "columns", MappingProxyType(dict(self.columns)))
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoRA:
+    """A low-rank adapter (Hu et al. 2021, 2106.09685): W + (alpha / rank) B A.
+
+    Attributes:
+        alpha: None means equal to rank, so that the update's scale is 1.
+        targets: "auto" is all linear layers of the blocks for text and attention + feed-forward for
+            images; or "attention", "attention+ff", "all", or module names.
+        kind: "lora", "dora" (2402.09353) or "rslora" (2312.03732; scale alpha / sqrt(rank)).
+        continue_from: an adapter folder to go on from. The reference is then that adapter's start.
+    """
+
+    rank: int = 16
+    alpha: float | None = None
+    dropout: float = 0.0
+    targets: str | Sequence[str] = "auto"
+    kind: Literal["lora", "dora", "rslora"] = "lora"
+    continue_from: str | None = None
+
+    def __post_init__(self) -> None:
+        _positive("adapter", rank=self.rank, alpha=self.alpha)
+        _share("adapter", dropout=self.dropout)
+        if not isinstance(self.targets, str):
+            object.__setattr__(self, "targets", tuple(self.targets))
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerationOptions:
+    """How answers are sampled, for reports and online methods.
+
+    Attributes:
+        temperature: 0 takes the most likely token.
+        top_k: 0 keeps the whole vocabulary.
+        stop: strings that end an answer (text).
+        steps, guidance_scale, height, width: the image sampler's; None means the pipeline's size.
+    """
+
+    max_new_tokens: int = 256
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    stop: tuple[str, ...] = ()
+    engine: Literal["transformers"] = "transformers"
+    steps: int = 30
+    guidance_scale: float = 5.0
+    height: int | None = None
+    width: int | None = None
+
+    def __post_init__(self) -> None:
+        names = ("max_new_tokens", "steps", "height", "width", "top_p")
+        _positive("generation", **{name: getattr(self, name) for name in names})
+        _not_negative("generation", temperature=self.temperature, top_k=self.top_k)
+        object.__setattr__(self, "stop", tuple(self.stop))
+
+
+@dataclass(frozen=True)
+class AdapterReference:
+    """The reference is the base model with the named adapter on."""
+
+    name: str
+
+
+@dataclass(frozen=True)
+class EMAReference:
+    """The reference is an exponential moving average of the policy: ref <- decay ref + (1 - decay) policy."""
+
+    decay: float
+    every: int = 1
+
+
+@dataclass(frozen=True)
+class SyncedReference:
+    """TR-DPO (2404.09656): every `every` steps ref <- (1 - mix) ref + mix policy."""
+
+    every: int
+    mix: float = 1.0
+
+
+@dataclass(frozen=True)
+class PrecomputedReference:
+    """Reference log-likelihoods from a table: row id -> one value per answer."""
+
+    table: Any

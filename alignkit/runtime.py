@@ -1,0 +1,196 @@
+"""Devices, processes and sharding: the only place that knows ranks and what wraps a module.
+
+accelerate finds the device and the processes (`accelerate launch`) and wraps modules for data
+parallelism; FSDP2 is torch's own `fully_shard`. Precision is the wings' affair: their modules run under
+autocast themselves, so that policy and reference compute alike.
+"""
+
+from __future__ import annotations
+
+import resource
+import sys
+from collections.abc import Iterable, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from alignkit.errors import ConfigError
+
+
+class Runtime:
+    """This process's place among the others; also the `Collective` of the floors below.
+
+    Args:
+        sharding: "none" replicates what is trained (DDP); "fsdp2" shards it.
+        trackers: accelerate's tracker names.
+        logging_dir: where file trackers write.
+    """
+
+    def __init__(
+        self,
+        *,
+        sharding: str = "none",
+        trackers: Sequence[str] = (),
+        logging_dir: str | None = None,
+    ) -> None:
+        from accelerate import Accelerator
+        from accelerate.utils import DistributedDataParallelKwargs
+
+        # One bucketed all-reduce per optimizer step; buffers of a frozen-statistics model never move.
+        ddp = DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)
+        self.accelerator = Accelerator(
+            mixed_precision="no",
+            log_with=list(trackers) or None,
+            project_dir=logging_dir,
+            kwargs_handlers=[ddp],
+        )
+        self.device: torch.device = self.accelerator.device
+        self.rank: int = self.accelerator.process_index
+        self.size: int = self.accelerator.num_processes
+        self.sharding = sharding
+        self.scaler: torch.amp.GradScaler | None = None
+        self._host_group: Any = None
+        if sharding == "fsdp2" and self.size == 1 and not dist.is_initialized():
+            raise ConfigError(
+                'trainer.sharding="fsdp2" shards over processes, and there is one. Start with '
+                "`accelerate launch --num_processes N`, or leave sharding out."
+            )
+        if self.size > 1:
+            # Small host numbers travel over gloo, so that they never wait for the device.
+            self._host_group = dist.new_group(backend="gloo")
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def sum(self, value: Tensor) -> Tensor:
+        """Elementwise sum over processes."""
+        if self.size == 1:
+            return value
+        value = value.clone()
+        dist.all_reduce(value, group=self._group(value))
+        return value
+
+    def gather(self, value: Tensor) -> Tensor:
+        """Concatenation along dim 0 over processes in rank order; lengths may differ."""
+        if self.size == 1:
+            return value
+        lengths: list[Any] = [None] * self.size
+        dist.all_gather_object(lengths, len(value), group=self._host_group)
+        padded = value.new_zeros((max(lengths), *value.shape[1:]))
+        padded[: len(value)] = value
+        parts = [torch.empty_like(padded) for _ in range(self.size)]
+        dist.all_gather(parts, padded, group=self._group(value))
+        return torch.cat([part[:n] for part, n in zip(parts, lengths, strict=True)])
+
+    def max(self, value: int) -> int:
+        """The largest of one host integer per process."""
+        if self.size == 1:
+            return value
+        held = torch.tensor(value)
+        dist.all_reduce(held, op=dist.ReduceOp.MAX, group=self._host_group)
+        return int(held)
+
+    def share(self, value: Any) -> Any:
+        """The main process's value, on every process."""
+        if self.size == 1:
+            return value
+        held = [value]
+        dist.broadcast_object_list(held, src=0, group=self._host_group)
+        return held[0]
+
+    def barrier(self) -> None:
+        if self.size > 1:
+            dist.barrier(group=self._host_group)
+
+    def _group(self, value: Tensor) -> Any:
+        return self._host_group if value.device.type == "cpu" else None
+
+    def wrap(self, module: nn.Module) -> nn.Module:
+        """A module to be trained, replicated or sharded over the processes."""
+        if self.sharding == "fsdp2":
+            return _shard(module, self._mesh())
+        return self.accelerator.prepare_model(module.to(self.device))
+
+    def place_frozen(self, module: nn.Module) -> nn.Module:
+        """A module that is only evaluated: on the device, and sharded where the policy is."""
+        if self.sharding == "fsdp2":
+            return _shard(module, self._mesh())
+        return module.to(self.device)
+
+    def _mesh(self) -> Any:
+        return dist.device_mesh.init_device_mesh(self.device.type, (self.size,))
+
+    @contextmanager
+    def last_backward(self, modules: Iterable[nn.Module], last: bool):  # type: ignore[no-untyped-def]
+        """Gradients are exchanged in the last backward of an optimizer step only."""
+        with ExitStack() as stack:
+            for module in modules:
+                if isinstance(module, nn.parallel.DistributedDataParallel) and not last:
+                    stack.enter_context(module.no_sync())
+                elif hasattr(module, "set_requires_gradient_sync"):
+                    module.set_requires_gradient_sync(last)  # type: ignore[operator]
+            yield
+
+    def backward(self, loss: Tensor) -> None:
+        """Add the gradient of a summed loss. Wrappers average over processes, so it is scaled up."""
+        loss = loss * self.size
+        (loss if self.scaler is None else self.scaler.scale(loss)).backward()
+
+    def clip(self, parameters: Sequence[nn.Parameter], max_norm: float) -> Tensor:
+        """Scale gradients down to `max_norm`; returns the norm before, a device scalar."""
+        gradients = [p.grad for p in parameters if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm(gradients)
+        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+        torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
+        return norm
+
+    def reset_peak_memory(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
+
+    def peak_memory(self) -> int:
+        """Bytes: of the device on CUDA, else the process's largest resident size."""
+        if self.device.type == "cuda":
+            return int(torch.cuda.max_memory_allocated(self.device))
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return peak if sys.platform == "darwin" else peak * 1024
+
+
+def _shard(module: nn.Module, mesh: Any) -> nn.Module:
+    """FSDP2 on the blocks and then on the whole likelihood module, whose forward is the root."""
+    from torch.distributed.fsdp import fully_shard
+
+    units = getattr(module, "shard_units", list)()
+    for unit in units:
+        fully_shard(unit, mesh=mesh)
+    return fully_shard(module, mesh=mesh)
+
+
+def full(tensor: Tensor) -> Tensor:
+    """The whole of a possibly sharded tensor; all processes must call it."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def like(value: Tensor, target: Tensor) -> Tensor:
+    """`value` placed, cast and sharded as `target`."""
+    value = value.to(device=target.device, dtype=target.dtype)
+    if isinstance(target, DTensor):
+        return distribute_tensor(value, target.device_mesh, target.placements)
+    return value
+
+
+def pick_precision(wanted: str) -> str:
+    """ "auto" as "bf16" on GPUs that have it and "fp32" elsewhere; refuses what the device lacks."""
+    cuda = torch.cuda.is_available()
+    if wanted == "auto":
+        return "bf16" if cuda and torch.cuda.is_bf16_supported() else "fp32"
+    if wanted == "fp16" and not cuda:
+        raise ConfigError(
+            'trainer.precision="fp16" needs a GPU: its gradients are scaled there. Use "fp32" here.'
+        )
+    return wanted

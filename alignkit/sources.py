@@ -1,0 +1,109 @@
+"""Offline rows as a batch source: own replayable shuffle, no row dropped, none lost on resume."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from alignkit.batches import Batch
+from alignkit.draws import generator
+from alignkit.errors import CheckpointError, DataError
+from alignkit.protocols import Collective, Examples
+
+
+class RowSource:
+    """Global batches of `batch_size` rows, run on across epochs; this process's share of each.
+
+    The order of epoch e is a permutation keyed by (seed, e), so that the whole state is one number: how
+    many rows have been consumed. Rows go to processes in contiguous blocks; which process sees a row
+    changes nothing, because draws are keyed by the row's position in the global batch.
+
+    Args:
+        examples: the wing's prepared rows.
+        batch_size: rows per optimizer step, over all processes.
+        epochs: passes over the data; None is endless (then the trainer's `max_steps` bounds it).
+        seed: of the shuffle.
+        shuffle: False keeps the order of the data (evaluation, benchmarks).
+        processes: rank and size.
+
+    Raises:
+        DataError: if there are no rows.
+    """
+
+    at_boundary = True
+
+    def __init__(
+        self,
+        examples: Examples,
+        *,
+        batch_size: int,
+        epochs: float | None,
+        seed: int,
+        processes: Collective,
+        shuffle: bool = True,
+    ) -> None:
+        self.num_rows = len(examples)
+        if self.num_rows == 0:
+            raise DataError(
+                "There is nothing to train on: the data has no usable row. "
+                f"Skipped: {dict(examples.skipped) or 'none'}."
+            )
+        self.examples = examples
+        self.batch_size = batch_size
+        self.seed = seed
+        self.shuffle = shuffle
+        self.processes = processes
+        self.total_rows = None if epochs is None else max(1, round(epochs * self.num_rows))
+        self.consumed = 0
+        self._order: tuple[int, list[int]] = (-1, [])
+
+    @property
+    def total_steps(self) -> int | None:
+        return None if self.total_rows is None else math.ceil(self.total_rows / self.batch_size)
+
+    def __iter__(self) -> Iterator[Batch]:
+        while self.total_rows is None or self.consumed < self.total_rows:
+            end = self.consumed + self.batch_size
+            if self.total_rows is not None:
+                end = min(end, self.total_rows)
+            places = range(self.consumed, end)
+            # Counted before the batch is handed out: a checkpoint taken while the consumer works on
+            # this batch is taken after its step.
+            self.consumed = end
+            yield self._share(places)
+
+    def _share(self, places: range) -> Batch:
+        rank, size, num = self.processes.rank, self.processes.size, len(places)
+        positions = range(rank * num // size, (rank + 1) * num // size)
+        # A process without a row gets a copy of the first one, with weight 0, to keep in step.
+        absent = len(positions) == 0
+        positions = range(1) if absent else positions
+        drawn = [self._row(places[position]) for position in positions]
+        batch = self.examples.collate([row for _, row in drawn], [epoch for epoch, _ in drawn])
+        batch = replace(batch, position=torch.tensor(list(positions), dtype=torch.int64))
+        return batch.absent() if absent else batch
+
+    def _row(self, place: int) -> tuple[int, int]:
+        """(epoch, row) of the `place`-th row of the whole run."""
+        epoch, index = divmod(place, self.num_rows)
+        if not self.shuffle:
+            return epoch, index
+        if self._order[0] != epoch:
+            permutation = generator("shuffle", self.seed, epoch).permutation(self.num_rows)
+            self._order = (epoch, permutation.tolist())
+        return epoch, self._order[1][index]
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"consumed": self.consumed, "num_rows": self.num_rows}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        if state["num_rows"] != self.num_rows:
+            raise CheckpointError(
+                f"The checkpoint was made on {state['num_rows']} usable rows, the data now has "
+                f'{self.num_rows}. Give the same data, or start anew with resume="never".'
+            )
+        self.consumed = state["consumed"]

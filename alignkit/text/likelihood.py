@@ -1,0 +1,139 @@
+"""Log-likelihoods of completions under a causal language model.
+
+    logps(y | x) = sum_t log p(y_t | x, y_<t)        nats, over completion tokens, closing eos included
+
+The log-softmax is in float32 whatever the model's dtype. Dropout is off: the model is evaluated in eval
+mode whatever its config says.
+"""
+
+from __future__ import annotations
+
+import inspect
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from alignkit.batches import Batch, Likelihood
+from alignkit.protocols import Draw, Key
+from alignkit.text.content import pad_rows
+
+EXTRAS = frozenset({"token_logps", "token_mask"})
+
+
+class TextLikelihood(nn.Module):
+    """The likelihood module of a causal LM: its forward is the likelihood.
+
+    Args:
+        model: a `PreTrainedModel` or `PeftModel` with a language-model head.
+        autocast: the dtype to compute in, or None for the weights' own.
+    """
+
+    def __init__(self, model: nn.Module, *, autocast: torch.dtype | None = None) -> None:
+        super().__init__()
+        self.model = model
+        self.autocast = autocast
+        forward = inspect.signature(getattr(model, "get_base_model", lambda: model)().forward)
+        self.takes_logits_to_keep = "logits_to_keep" in forward.parameters
+        self.train(False)
+
+    def shard_units(self) -> list[nn.Module]:
+        """The blocks that FSDP2 shards one by one: the repeated layers of the model."""
+        return repeated_layers(self.model)
+
+    def forward(
+        self, batch: Batch, draw: Draw = None, want: frozenset[str] = frozenset()
+    ) -> Likelihood:
+        """Likelihood of the N answers; extras "token_logps" (N, K) float32, "token_mask" (N, K)."""
+        unknown = want - EXTRAS
+        if unknown:
+            raise ValueError(
+                f"The text likelihood has no extra {sorted(unknown)}; it has {sorted(EXTRAS)}."
+            )
+        device = next(self.model.parameters()).device
+        rows = pad_rows(batch.content).to(device)
+        # Position s predicts token s + 1, so the last position and those before start - 1 are not
+        # needed: the head runs on K of the S positions.
+        keep = rows.ids.shape[1] - rows.start + 1
+        with self._autocast(device):
+            logits = self._logits(rows.ids, rows.attention, keep)[:, :-1]  # (N, K, V)
+        token_logps = gather_logps(logits, rows.ids[:, rows.start :])  # (N, K)
+        token_logps = token_logps.masked_fill(~rows.completion, 0.0)
+        extras = {"token_logps": token_logps, "token_mask": rows.completion}
+        return Likelihood(
+            total=token_logps.sum(-1),
+            length=rows.completion.sum(-1).float(),
+            extras={name: extras[name] for name in want},
+        )
+
+    def _logits(self, ids: Tensor, attention: Tensor, keep: int) -> Tensor:
+        kept: dict[str, Any] = {"logits_to_keep": keep} if self.takes_logits_to_keep else {}
+        logits = self.model(
+            input_ids=ids, attention_mask=attention.long(), use_cache=False, **kept
+        ).logits
+        return logits[:, -keep:]
+
+    def _autocast(self, device: torch.device) -> AbstractContextManager[Any]:
+        if self.autocast is None:
+            return nullcontext()
+        return torch.autocast(device.type, dtype=self.autocast)
+
+
+def gather_logps(logits: Float[Tensor, "N K V"], ids: Tensor) -> Float[Tensor, "N K"]:
+    """log softmax(logits)[id] in float32, without a second (N, K, V) tensor."""
+    logits = logits.float()
+    picked = logits.gather(-1, ids.unsqueeze(-1)).squeeze(-1)
+    return picked - logits.logsumexp(-1)
+
+
+def repeated_layers(model: nn.Module) -> list[nn.Module]:
+    """The members of the longest `nn.ModuleList` of the model: its transformer blocks."""
+    lists = [list(m) for m in model.modules() if isinstance(m, nn.ModuleList)]
+    return max(lists, key=len, default=[])
+
+
+class TextBackend:
+    """Evaluates answers under the policy. Text needs no draw: its likelihood is deterministic."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module: nn.Module = module
+
+    def draw(self, batch: Batch, key: Key) -> Draw:
+        return None
+
+    def split(self, batch: Batch, budget: int | str) -> list[Batch]:
+        """Micro-batches of at most `budget` groups; "auto": of at most `AUTO_TOKENS` padded tokens.
+
+        Groups of like length go together in "auto", so that little padding is computed.
+        """
+        if budget != "auto":
+            size = int(budget)
+            num = batch.num_groups
+            if size >= num:
+                return [batch]
+            return [batch.select(range(s, min(s + size, num))) for s in range(0, num, size)]
+        return [batch.select(groups) for groups in _by_length(batch, AUTO_TOKENS)]
+
+
+AUTO_TOKENS = 8192
+"""Padded tokens per micro-batch for "auto": about 1.3 GB of float32 logits at a vocabulary of 32,000."""
+
+
+def _by_length(batch: Batch, budget: int) -> list[list[int]]:
+    """Groups sorted by their longest answer, cut where the padded size would pass the budget."""
+    longest = [0] * batch.num_groups
+    answers = [0] * batch.num_groups
+    for group, length in zip(batch.group.tolist(), batch.content.lengths(), strict=True):
+        longest[group] = max(longest[group], length)
+        answers[group] += 1
+    pieces: list[list[int]] = [[]]
+    rows = 0
+    for group in sorted(range(batch.num_groups), key=lambda g: (longest[g], g)):
+        if pieces[-1] and (rows + answers[group]) * longest[group] > budget:
+            pieces.append([])
+            rows = 0
+        pieces[-1].append(group)
+        rows += answers[group]
+    return pieces

@@ -1,0 +1,166 @@
+"""The text wing put together: model, tokenizer, likelihood, data, sampling, saving."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from alignkit.adapters import adapters_off
+from alignkit.errors import ConfigError
+from alignkit.options import GenerationOptions, LoRA, TextOptions
+from alignkit.rows import read_rows
+from alignkit.text.data import TextPairs, read_pairs
+from alignkit.text.formats import prompt_text, render_prompt
+from alignkit.text.generation import generate
+from alignkit.text.likelihood import TextBackend, TextLikelihood
+from alignkit.text.policy import attach, checkpoint_layers, load
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def build(
+    policy: Any,
+    *,
+    adapter: LoRA | None = None,
+    device: torch.device | str = "cpu",
+    precision: str = "fp32",
+    gradient_checkpointing: bool = False,
+    seed: int = 0,
+) -> TextWing:
+    """Load a causal language model and mark what is trained.
+
+    Args:
+        policy: folder, hub name, or (model, tokenizer); a model in hand trains in place.
+        adapter: a LoRA to attach or continue; None trains all weights.
+        device: where to compute.
+        precision: "fp32", "bf16" or "fp16" of frozen weights and of the arithmetic; trained weights are
+            float32 in any case.
+        gradient_checkpointing: recompute block activations in backward.
+        seed: of the adapter's initial weights.
+
+    Raises:
+        ConfigError: if the policy or the adapter's targets are not usable.
+    """
+    dtype = DTYPES[precision]
+    model, tokenizer = load(policy, dtype=dtype)
+    was_training = model.training
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)  # peft draws A from the global generator
+        model, kind = attach(model, adapter)
+    model.to(device)
+    autocast = None if dtype == torch.float32 else dtype
+    module = TextLikelihood(model, autocast=autocast)
+    if gradient_checkpointing:
+        checkpoint_layers(model)
+    return TextWing(model, tokenizer, module, kind, was_training)
+
+
+class TextWing:
+    """See `alignkit.protocols.Wing`."""
+
+    modality = "text"
+    default_options = TextOptions()
+
+    def __init__(
+        self, model: Any, tokenizer: Any, module: TextLikelihood, adapter: str, was_training: bool
+    ) -> None:
+        self.policy = model
+        self.tokenizer = tokenizer
+        self.module = module
+        self.backend = TextBackend(module)
+        self.adapter = adapter
+        self.was_training = was_training
+        self.chat = bool(getattr(tokenizer, "chat_template", None))
+
+    def adapters_off(self) -> AbstractContextManager[None]:
+        return adapters_off(self.policy)
+
+    def examples(self, data: Any, options: TextOptions, *, kind: str, seed: int) -> TextPairs:
+        if kind != "pairs":
+            raise ConfigError(f"The text wing reads preference pairs; got kind {kind!r}.")
+        pairs = read_pairs(read_rows(data, columns=options.columns), self.tokenizer, options)
+        self._check_vocabulary(pairs)
+        self.chat = pairs.chat
+        return pairs
+
+    def _check_vocabulary(self, pairs: TextPairs) -> None:
+        """An id beyond the embedding would read past its end (and on a GPU kill the process)."""
+        size = self.policy.get_input_embeddings().num_embeddings
+        top = max((int(ids.max()) for p in pairs.pairs for ids in (p.prompt, p.chosen, p.rejected)), default=0)
+        if top >= size:
+            raise ConfigError(
+                f"The tokenizer gives id {top} and the model has {size} embeddings: they do not belong "
+                "together. Give the model's own tokenizer, or resize the embeddings."
+            )
+
+    def sample(
+        self, prompts: Sequence[Any], options: GenerationOptions, *, seed: int
+    ) -> list[str]:
+        """One answer per prompt; bare strings are wrapped as a user's turn if the data was chat."""
+        ids = self._prompt_ids(prompts)
+        eos = self._eos_ids()
+        new = generate(self.policy, self.tokenizer, ids, options, seed=seed, eos_ids=eos)
+        return [self.tokenizer.decode(one, skip_special_tokens=True).strip() for one in new]
+
+    def _prompt_ids(self, prompts: Sequence[Any]) -> list[np.ndarray]:
+        ids = []
+        for prompt in prompts:
+            chat = self.chat or not isinstance(prompt, str)
+            text = render_prompt(self.tokenizer, prompt, chat=chat)
+            one = self.tokenizer(text, add_special_tokens=not chat)["input_ids"]
+            if not one:
+                begin = self.tokenizer.bos_token_id
+                one = [begin if begin is not None else self.tokenizer.eos_token_id]
+            ids.append(np.asarray(one, dtype=np.int32))
+        return ids
+
+    def _eos_ids(self) -> list[int]:
+        """What ends an answer: the generation config's tokens and the tokenizer's."""
+        config = getattr(self.policy, "generation_config", None)
+        ids = getattr(config, "eos_token_id", None)
+        listed = list(ids) if isinstance(ids, Iterable) else [ids]
+        return [i for i in dict.fromkeys([*listed, self.tokenizer.eos_token_id]) if i is not None]
+
+    def prompts(self, data: Any, options: TextOptions, limit: int) -> list[Any]:
+        found: dict[str, Any] = {}
+        for row in read_rows(data, columns=options.columns):
+            prompt = row.get("prompt")
+            if prompt is None:
+                continue
+            found.setdefault(repr(prompt), prompt)
+            if len(found) >= limit:
+                break
+        return list(found.values())
+
+    @staticmethod
+    def prompt_text(prompt: Any) -> str:
+        return prompt_text(prompt)
+
+    def describe(self) -> dict[str, Any]:
+        parameters = list(self.policy.parameters())
+        base = self.policy.get_base_model() if self.adapter != "none" else self.policy
+        return {
+            "class": type(base).__name__,
+            "parameters": sum(p.numel() for p in parameters),
+            "trained parameters": sum(p.numel() for p in parameters if p.requires_grad),
+            "dtype": str(next(base.parameters()).dtype).removeprefix("torch."),
+            "device": str(next(base.parameters()).device),
+            "unit of the log-ratio": "nats, summed over completion tokens",
+        }
+
+    def save(self, folder: Path, *, base: str | None = None) -> None:
+        """A model folder (`from_pretrained`) or an adapter folder (`PeftModel.from_pretrained`)."""
+        self.policy.save_pretrained(folder, safe_serialization=True)
+        self.tokenizer.save_pretrained(folder)
+
+    def release(self) -> None:
+        """Give a model in hand back in the mode it came in."""
+        base = self.policy.get_base_model() if self.adapter != "none" else self.policy
+        if getattr(base, "is_gradient_checkpointing", False):
+            base.gradient_checkpointing_disable()
+        self.policy.train(self.was_training)

@@ -1,0 +1,124 @@
+"""Stable Diffusion XL (Podell et al. 2023, 2307.01952): two text encoders, pooled text, size conditioning."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from alignkit.errors import ConfigError
+from alignkit_diffusion.content import ImageContent, PromptEmbeddings
+from alignkit_diffusion.families import Conditioning, Prediction
+from alignkit_diffusion.schedule import Schedule, read_schedule
+
+TIME_IDS = 6
+"""Original height, width; crop top, left; target height, width (2307.01952, sec. 2.2). The refiner has 5."""
+
+
+@dataclass(frozen=True)
+class SDXL:
+    """The base model of SDXL and its fine-tunes, predicting noise or v."""
+
+    schedule: Schedule
+    name: str = "sdxl"
+
+    @classmethod
+    def of(cls, pipe: Any, given: str) -> SDXL:
+        """The family of a `StableDiffusionXLPipeline`.
+
+        Raises:
+            ConfigError: it is the refiner, an inpainting UNet, or its scheduler does not fit.
+        """
+        _refuse_refiner(pipe, given)
+        channels, latent_channels = pipe.unet.config.in_channels, pipe.vae.config.latent_channels
+        if channels != latent_channels:
+            raise ConfigError(
+                f"The UNet must take the VAE's {latent_channels} latent channels; the one of {given} "
+                f"takes {channels}, as inpainting and edit models do. Use the text-to-image base."
+            )
+        return cls(read_schedule(pipe.scheduler))
+
+    @property
+    def num_timesteps(self) -> int:
+        return len(self.schedule)
+
+    def conditioning(self, content: ImageContent, group: Tensor, device: Any) -> Conditioning:
+        """Prompt features (N, L, D) and (N, P) of each image's group, time ids (N, 6) float32."""
+        assert content.prompts.pooled is not None
+        group = group.to(device)
+        return {
+            "hidden": content.prompts.hidden.to(device)[group],
+            "pooled": content.prompts.pooled.to(device)[group],
+            "time_ids": content.geometry.to(device),
+        }
+
+    def predict(
+        self,
+        unet: nn.Module,
+        latents: Tensor,
+        noise: Tensor,
+        timesteps: Tensor,
+        conditioning: Conditioning,
+    ) -> Prediction:
+        noisy = self.schedule.add_noise(latents, noise, timesteps)
+        # The UNet embeds the time ids first and casts the embedding, so they enter unrounded.
+        added = {"text_embeds": conditioning["pooled"], "time_ids": conditioning["time_ids"]}
+        (prediction,) = unet(
+            noisy,
+            timesteps.to(latents.device),
+            encoder_hidden_states=conditioning["hidden"],
+            added_cond_kwargs=added,
+            return_dict=False,
+        )
+        target = self.schedule.target(latents, noise, timesteps)
+        # The constant weight that the published method puts for the ELBO's omega(lambda_t).
+        weight = torch.ones(len(latents), device=latents.device)
+        return Prediction(prediction, target, weight)
+
+    def encode_prompts(self, pipe: Any, prompts: Sequence[str], device: Any) -> PromptEmbeddings:
+        hidden, _, pooled, _ = pipe.encode_prompt(
+            list(prompts), device=device, do_classifier_free_guidance=False
+        )
+        return PromptEmbeddings(hidden, pooled)
+
+    def dropped_prompt(self, pipe: Any, device: Any) -> PromptEmbeddings:
+        embeddings = self.encode_prompts(pipe, [""], device)
+        if not pipe.config.force_zeros_for_empty_prompt:
+            return embeddings
+        assert embeddings.pooled is not None
+        return PromptEmbeddings(
+            torch.zeros_like(embeddings.hidden), torch.zeros_like(embeddings.pooled)
+        )
+
+    def describe(self) -> dict[str, Any]:
+        return {
+            "family": self.name,
+            "prediction_type": self.schedule.prediction_type,
+            "num_timesteps": self.num_timesteps,
+        }
+
+
+def _refuse_refiner(pipe: Any, given: str) -> None:
+    config = pipe.unet.config
+    fix = "Use a base such as 'stabilityai/stable-diffusion-xl-base-1.0' or a fine-tune of it."
+    if config.addition_embed_type != "text_time" or not config.addition_time_embed_dim:
+        raise ConfigError(
+            f"SDXL's UNet is conditioned on sizes (addition_embed_type 'text_time'); the one of {given} "
+            f"has {config.addition_embed_type!r}. {fix}"
+        )
+    if pipe.text_encoder is None or pipe.text_encoder_2 is None:
+        raise ConfigError(
+            f"SDXL policies need both text encoders; {given} has one, as the refiner does, which "
+            f"continues the base's last steps and is no text-to-image policy. {fix}"
+        )
+    pooled = pipe.text_encoder_2.config.projection_dim
+    features = pipe.unet.add_embedding.linear_1.in_features
+    time_ids = (features - pooled) / config.addition_time_embed_dim
+    if time_ids != TIME_IDS:
+        raise ConfigError(
+            f"SDXL's base is conditioned on {TIME_IDS} size numbers; the UNet of {given} takes {time_ids:g} "
+            f"(the refiner takes 5, with an aesthetic score). {fix}"
+        )

@@ -1,0 +1,210 @@
+"""The image wing's log-likelihood: minus half the mean squared denoising error at a shared draw.
+
+Wallace et al. 2023 (2311.12908), eq. 14, in the form that its authors' code gives it: the logit of a pair
+is -beta/2 [(L_w - L_l) - (R_w - R_l)] with L and R the *mean* squared errors of policy and reference. With
+`total` = -L/2 that is beta times the difference of log-ratios, the same formula as for text.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import nn
+
+from alignkit.batches import Batch, Likelihood
+from alignkit.draws import generator
+from alignkit.errors import refuse_unknown
+from alignkit.protocols import Key
+from alignkit_diffusion.content import ImageContent, ImageDraw
+from alignkit_diffusion.families import Family
+from alignkit_diffusion.memory import MemoryModel
+
+EXTRAS = ("error", "timestep")
+AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def autocast(device: torch.device, precision: str) -> AbstractContextManager[Any]:
+    """Autocast to bf16 or fp16, or nothing for fp32."""
+    if precision == "fp32":
+        return nullcontext()
+    return torch.autocast(device.type, dtype=AUTOCAST[precision])
+
+
+class DenoisingLikelihood(nn.Module):
+    """One UNet call on all images of a micro-batch; its forward **is** the likelihood.
+
+    The model's own dropout is off for good: `train()` keeps the UNet in evaluation mode, because policy
+    and reference must compute the same function. Dropout of the adapter, where the user asks for
+    it, acts in forwards that will be differentiated and in no other.
+
+    Args:
+        unet: the denoiser, shared with the pipeline.
+        family: what it predicts, and of what.
+        precision: "fp32", "bf16" or "fp16", the dtype that it computes in under autocast.
+        gradient_checkpointing: recompute activations in backward.
+    """
+
+    def __init__(
+        self, unet: nn.Module, family: Family, *, precision: str, gradient_checkpointing: bool
+    ) -> None:
+        super().__init__()
+        self.unet = unet
+        self.family = family
+        self.precision = precision
+        self.gradient_checkpointing = gradient_checkpointing
+        self.train(False)
+
+    def train(self, mode: bool = True) -> DenoisingLikelihood:
+        super().train(False)
+        for dropout in _adapter_dropouts(self.unet):
+            dropout.training = True
+        return self
+
+    def forward(
+        self, batch: Batch, draw: ImageDraw, want: frozenset[str] = frozenset()
+    ) -> Likelihood:
+        """Minus half the mean squared error of each image.
+
+        Args:
+            batch: N images of one latent shape, in G groups.
+            draw: timestep and noise of each group.
+            want: of "error", the mean squared error (N,) float32, and "timestep", (N,) int64.
+
+        Raises:
+            ConfigError: an extra is unknown.
+        """
+        for name in want:
+            refuse_unknown("extra of the image likelihood", name, EXTRAS)
+        content: ImageContent = batch.content
+        shapes = {tuple(latents.shape) for latents in content.latents}
+        assert len(shapes) == 1, f"a micro-batch has one latent shape, see split(); got {shapes}"
+        assert len(draw.timesteps) == batch.num_groups, (draw.timesteps.shape, batch.num_groups)
+
+        device = next(self.unet.parameters()).device
+        latents = torch.stack(content.latents).to(device)  # (N, C, H, W)
+        noise = torch.stack(draw.noise).to(device)[batch.group.to(device)]  # (N, C, H, W)
+        timesteps = draw.timesteps[batch.group]  # (N,), on the CPU
+        conditioning = self.family.conditioning(content, batch.group, device)
+        with self._evaluation(device):
+            found = self.family.predict(self.unet, latents, noise, timesteps, conditioning)
+        # In float32 whatever the model computes in: reduced in bfloat16, a logit at beta 5000 is off by
+        # about 1 (rms).
+        error = (found.target.float() - found.prediction.float()).square().mean(dim=(1, 2, 3))  # (N,)
+        extras = {"error": error, "timestep": timesteps}
+        return Likelihood(
+            total=-0.5 * found.weight * error,
+            length=torch.ones_like(error),
+            extras={name: extras[name] for name in want},
+        )
+
+    @contextmanager
+    def _evaluation(self, device: torch.device) -> Iterator[None]:
+        with ExitStack() as stack:
+            stack.enter_context(autocast(device, self.precision))
+            if self.gradient_checkpointing and torch.is_grad_enabled():
+                stack.enter_context(checkpointing(self.unet))
+            if not torch.is_grad_enabled():
+                stack.enter_context(no_dropout(self.unet))
+            yield
+
+
+@contextmanager
+def checkpointing(unet: Any) -> Iterator[None]:
+    """Forwards inside recompute their activations in backward, which may run outside.
+
+    Only the blocks' forwards read the switch, and backward recomputes what is below it; so it is put
+    back at once and a UNet in the caller's hands is left as it was.
+    """
+    switches = [m for m in unet.modules() if hasattr(m, "gradient_checkpointing")]
+    before = [module.gradient_checkpointing for module in switches]
+    try:
+        unet.enable_gradient_checkpointing()
+        yield
+    finally:
+        for module, flag in zip(switches, before, strict=True):
+            module.gradient_checkpointing = flag
+
+
+@contextmanager
+def no_dropout(module: nn.Module) -> Iterator[None]:
+    """Inside, no dropout layer acts."""
+    active = [m for m in module.modules() if isinstance(m, nn.Dropout) and m.training]
+    try:
+        for layer in active:
+            layer.training = False
+        yield
+    finally:
+        for layer in active:
+            layer.training = True
+
+
+def _adapter_dropouts(module: nn.Module) -> list[nn.Module]:
+    from peft.tuners.lora import LoraLayer
+
+    layers = [layer for layer in module.modules() if isinstance(layer, LoraLayer)]
+    return [dropout for layer in layers for dropout in layer.lora_dropout.values()]
+
+
+class ImageBackend:
+    """Evaluates images: the `Backend` of this wing.
+
+    Args:
+        module: the policy's likelihood module; the runtime may replace it by its wrapper.
+        family: says which timesteps there are.
+        memory: how many images "auto" puts into one forward.
+    """
+
+    def __init__(self, module: nn.Module, family: Family, memory: MemoryModel) -> None:
+        self.module = module
+        self.family = family
+        self.memory = memory
+        self._limits: dict[int, int] = {}
+
+    def draw(self, batch: Batch, key: Key) -> ImageDraw:
+        """One timestep, uniform over all, and one standard normal noise for each group.
+
+        They are a function of (seed, optimizer step, position in the global batch), so that no split over
+        micro-batches or processes changes them.
+        """
+        content: ImageContent = batch.content
+        firsts = torch.searchsorted(batch.group, torch.arange(batch.num_groups)).tolist()
+        timesteps, noise = [], []
+        for position, first in zip(batch.position.tolist(), firsts, strict=True):
+            timesteps.append(
+                int(generator("timestep", *key, position).integers(self.family.num_timesteps))
+            )
+            shape = tuple(content.latents[first].shape)
+            drawn = generator("noise", *key, position).standard_normal(shape, dtype="float32")
+            noise.append(torch.from_numpy(drawn))
+        return ImageDraw(torch.tensor(timesteps, dtype=torch.int64), tuple(noise))
+
+    def split(self, batch: Batch, budget: int | str) -> list[Batch]:
+        """Micro-batches of one latent shape, of at most `budget` groups or of what memory allows.
+
+        Groups keep their order within a shape. "auto" counts latent elements per forward.
+        """
+        content: ImageContent = batch.content
+        by_shape: dict[tuple[int, ...], list[int]] = {}
+        answers = torch.bincount(batch.group, minlength=batch.num_groups).tolist()
+        first = 0
+        for group, size in enumerate(answers):
+            by_shape.setdefault(tuple(content.latents[first].shape), []).append(group)
+            first += size
+        pieces = []
+        for shape, groups in by_shape.items():
+            largest = max(answers[group] for group in groups)
+            elements = largest * int(torch.Size(shape).numel())
+            limit = budget if isinstance(budget, int) else self._limit(elements)
+            pieces += [groups[i : i + limit] for i in range(0, len(groups), limit)]
+        if len(pieces) == 1:
+            return [batch]
+        return [batch.select(piece) for piece in pieces]
+
+    def _limit(self, elements: int) -> int:
+        # Measured once: later the optimizer's state is in the free memory's place.
+        if elements not in self._limits:
+            self._limits[elements] = self.memory.groups(elements)
+        return self._limits[elements]

@@ -1,0 +1,86 @@
+"""The forward process q(x_t | x_0) = N(sqrt(abar_t) x_0, (1 - abar_t) I) and what a model predicts of it.
+
+Ho et al. 2020 (2006.11239), eq. 4; v-prediction: Salimans & Ho 2022 (2202.00512), app. D.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from alignkit.errors import ConfigError
+
+PREDICTION_TYPES = ("epsilon", "v_prediction")
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """A discrete variance-preserving noise schedule.
+
+    Attributes:
+        alphas_cumprod: (T,) float64 on the CPU: abar_t, the share of signal power at timestep t.
+        prediction_type: "epsilon" (the noise) or "v_prediction" (sqrt(abar) noise - sqrt(1 - abar) x_0).
+    """
+
+    alphas_cumprod: Tensor
+    prediction_type: str
+
+    def __len__(self) -> int:
+        return len(self.alphas_cumprod)
+
+    def snr(self, timesteps: Tensor) -> Tensor:
+        """abar_t / (1 - abar_t), float64, in the shape of `timesteps`."""
+        abar = self.alphas_cumprod[timesteps]
+        return abar / (1 - abar)
+
+    def coefficients(self, timesteps: Tensor) -> tuple[Tensor, Tensor]:
+        """(sqrt(abar_t), sqrt(1 - abar_t)) as float32 CPU tensors (N, 1, 1, 1) for (N,) timesteps."""
+        abar = self.alphas_cumprod[timesteps]
+        signal, noise = abar.sqrt(), (1 - abar).sqrt()
+        return signal.float().view(-1, 1, 1, 1), noise.float().view(-1, 1, 1, 1)
+
+    def add_noise(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) noise; (N, C, H, W) for CPU timesteps (N,)."""
+        signal, spread = (c.to(latents.device) for c in self.coefficients(timesteps))
+        return signal * latents + spread * noise
+
+    def target(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """What the model should predict of x_t, (N, C, H, W)."""
+        if self.prediction_type == "epsilon":
+            return noise
+        signal, spread = (c.to(latents.device) for c in self.coefficients(timesteps))
+        return signal * noise - spread * latents
+
+
+def read_schedule(scheduler: Any) -> Schedule:
+    """The training schedule behind a pipeline's sampler, which is only read.
+
+    Raises:
+        ConfigError: the sampler has no discrete variance-preserving schedule, or predicts x_0.
+    """
+    from diffusers import DDPMScheduler
+
+    config = scheduler.config
+    kind = type(scheduler).__name__
+    missing = [name for name in ("beta_schedule", "prediction_type") if name not in config]
+    if missing:
+        raise ConfigError(
+            "Image policies need a scheduler with betas and a prediction type; got "
+            f"{kind} without {' and '.join(missing)}. Give the pipeline the scheduler that it was "
+            "trained with, such as EulerDiscreteScheduler or DDPMScheduler."
+        )
+    if config["prediction_type"] not in PREDICTION_TYPES:
+        raise ConfigError(
+            f"Image policies predict {' or '.join(PREDICTION_TYPES)}; the pipeline's {kind} says "
+            f"{config['prediction_type']!r}. Correct `prediction_type` in scheduler_config.json if the "
+            "model was trained otherwise; a model that predicts the sample is not supported."
+        )
+    # Every sampler keeps the training betas in its own shape; DDPM's constructor is their plain form.
+    names = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas")
+    names += ("rescale_betas_zero_snr",)
+    betas = DDPMScheduler(**{name: config[name] for name in names if name in config}).betas
+    alphas_cumprod = torch.cumprod(1.0 - betas.double(), dim=0)
+    return Schedule(alphas_cumprod, config["prediction_type"])
