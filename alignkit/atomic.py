@@ -1,8 +1,8 @@
 """Files and folders that are whole or not there, whatever moment the process is killed at.
 
-Everything is written beside its target under a hidden temporary name, forced to disk, and renamed onto
-the target. A folder cannot be renamed onto a non-empty one, so an existing folder steps aside first;
-`heal_folder` brings it back if the process died between the two renames.
+Everything is written beside its target under a hidden temporary name, forced to disk, and renamed
+onto the target. A folder cannot be renamed onto a non-empty one, so an existing folder steps aside
+first; `heal_folder` brings it back if the process died between the two renames.
 """
 
 from __future__ import annotations
@@ -50,8 +50,8 @@ def atomic_write(path: Path, data: bytes | str) -> None:
 def atomic_folder(path: Path) -> Iterator[Path]:
     """A temporary folder to fill; at the end it becomes `path`, replacing what was there.
 
-    A crash at any moment leaves the old folder or the new one, at `path` or where `heal_folder` finds
-    it. On an exception the temporary folder is removed and `path` stays as it was.
+    A crash at any moment leaves the old folder or the new one, at `path` or where `heal_folder`
+    finds it. On an exception the temporary folder is removed and `path` stays as it was.
 
     Raises:
         CheckpointError: when the system refuses to write (disk full, no permission).
@@ -72,8 +72,8 @@ def atomic_folder(path: Path) -> Iterator[Path]:
 def heal_folder(path: Path) -> Path:
     """Finish what a killed `atomic_folder(path)` began, and return `path`.
 
-    The old folder comes back if the new one never arrived, and goes if it did. Call it before reading,
-    and only where nobody else is writing `path` (a run folder does it when it is locked).
+    The old folder comes back if the new one never arrived, and goes if it did. Call it only where
+    nobody else is writing `path`; a run folder does it for all its folders when it is locked.
     """
     path = Path(path)
     aside = path.with_name(_ASIDE + path.name)

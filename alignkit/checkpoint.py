@@ -139,7 +139,9 @@ def fingerprint(module: nn.Module) -> str:
     digest = hashlib.sha256()
     for name, parameter in module.named_parameters():
         flat = parameter.detach().flatten()
-        spread = torch.linspace(0, flat.numel() - 1, min(flat.numel(), 1024)).long()
+        spread = torch.linspace(
+            0, flat.numel() - 1, min(flat.numel(), 1024), dtype=torch.float64
+        ).long()
         sample = flat[spread.to(flat.device)].float().cpu().numpy()
         digest.update(f"{name}{tuple(parameter.shape)}".encode() + sample.tobytes())
     return digest.hexdigest()

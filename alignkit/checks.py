@@ -8,7 +8,7 @@ from __future__ import annotations
 import difflib
 import inspect
 from collections.abc import Mapping
-from dataclasses import fields, replace
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,7 +24,7 @@ from alignkit.options import (
     SyncedReference,
     TextOptions,
 )
-from alignkit.schema import build, hints, read, refuse_unknown_keys, validate
+from alignkit.schema import build, hints, refuse_unknown_keys, require, validate
 
 if TYPE_CHECKING:
     from alignkit.config import RunConfig
@@ -37,7 +37,10 @@ _UNSUPPORTED_REFERENCES = (
     PrecomputedReference,
 )
 _PACKINGS = ("auto", "bucket", "none")
-_OPTIONS_OF: Mapping[str, Any] = {"text": TextOptions, "image": ImageOptions}
+_OPTIONS_OF: Mapping[str, type[TextOptions] | type[ImageOptions]] = {
+    "text": TextOptions,
+    "image": ImageOptions,
+}
 _GENERATION_OF = {
     "text": ("max_new_tokens", "temperature", "top_p", "top_k", "stop"),
     "image": ("steps", "guidance_scale", "height", "width"),
@@ -86,15 +89,16 @@ def resolve_data_options(
         return default
     if isinstance(given, Mapping):
         for key in given:
-            for other, options in _OPTIONS_OF.items():
-                if key in hints(options) and key not in hints(cls):
+            for other, kind in _OPTIONS_OF.items():
+                if key in hints(kind) and key not in hints(cls):
                     raise ConfigError(
-                        f"data_options.{key} is an option of {other} data only, and the policy is of "
-                        f"modality {modality!r}. Leave it out."
+                        f"data_options.{key} is an option of {other} data only, and the policy "
+                        f"is of modality {modality!r}. Leave it out."
                     )
-        options = build(cls, given, "data_options")
-        changes = {key: getattr(options, key) for key in given}
-        return options if default is None else replace(default, **changes)
+        options: TextOptions | ImageOptions = build(cls, given, "data_options")
+        if default is None:
+            return options
+        return replace(default, **{key: getattr(options, key) for key in given})
     if not isinstance(given, cls):
         raise ConfigError(
             f"data_options of a policy of modality {modality!r} must be {cls.__name__}; "
@@ -105,33 +109,33 @@ def resolve_data_options(
 
 def _check_method(config: RunConfig, modality: str | None) -> None:
     method = config.method
-    kind = type(method).__name__
     for name in ("reward", "judge"):
         if not method.online and getattr(config, name) is not None:
             raise ConfigError(
-                f"{name} is used by online methods, which score answers as they sample them; {kind} "
-                f"learns from the preferences in data. Leave {name} out."
+                f"{name} is used by online methods, which score answers as they sample them; "
+                f"{type(method).__name__} learns from the preferences in data. Leave {name} out."
             )
-    loss = method.loss
+    loss: Any = method.loss
     if isinstance(loss, str):
         from alignkit.losses import PREFERENCE_LOSSES
 
         refuse_unknown("loss", loss, PREFERENCE_LOSSES)
         loss = PREFERENCE_LOSSES[loss]
     if hasattr(loss, "check_keywords"):
-        _check_table_loss(loss, method.keywords, kind)
+        _check_table_loss(loss, method.keywords)
     else:
         try:
             inspect.signature(loss).bind(None, beta=1.0, **method.keywords)
         except TypeError as error:
             given = ", ".join(["scores", "beta=...", *(f"{key}=..." for key in method.keywords)])
             raise ConfigError(
-                f"method.loss is called as loss({given}), which its signature does not allow: {error}."
+                f"method.loss is called as loss({given}), which its signature does not allow: "
+                f"{error}."
             ) from None
     if modality == "image" and not getattr(loss, "scale_free", True):
         raise ConfigError(
-            f"Loss {loss.name!r} is not a function of beta * log_ratio alone, so it means nothing for the "
-            "log-ratios of images, which are about 1e-4. Take a loss such as 'sigmoid'."
+            f"Loss {loss.name!r} is not a function of beta * log_ratio alone, so it means nothing "
+            "for the log-ratios of images, which are about 1e-4. Take a loss such as 'sigmoid'."
         )
     needs_reference = getattr(loss, "needs_reference", None)
     if needs_reference is True and config.reference == "none":
@@ -146,7 +150,7 @@ def _check_method(config: RunConfig, modality: str | None) -> None:
         )
 
 
-def _check_table_loss(loss: Any, keywords: Mapping[str, Any], kind: str) -> None:
+def _check_table_loss(loss: Any, keywords: Mapping[str, Any]) -> None:
     """Names, types and ranges of a loss's own options; ranges by evaluating it on one pair."""
     import torch
 
@@ -154,7 +158,7 @@ def _check_table_loss(loss: Any, keywords: Mapping[str, Any], kind: str) -> None
 
     loss.check_keywords(keywords)
     for key, value in keywords.items():
-        read(type(loss.keywords[key]), value, f"method.{key}")
+        require(type(loss.keywords[key]), value, f"method.{key}")
     zero, one = torch.zeros(1), torch.ones(1)
     probe = PairScores(zero, zero, zero, zero, chosen_length=one, rejected_length=one)
     loss(probe, beta=1.0, **keywords)
@@ -164,8 +168,8 @@ def _check_reference(config: RunConfig) -> None:
     reference = config.reference
     if reference is None or isinstance(reference, _UNSUPPORTED_REFERENCES):
         raise ConfigError(
-            f"reference must be {', '.join(map(repr, REFERENCES))}, or a model (an object, a folder or a "
-            f"hub name); got {reference!r}."
+            f"reference must be {', '.join(map(repr, REFERENCES))}, or a model (an object, a "
+            f"folder or a hub name); got {reference!r}."
         )
     if isinstance(reference, str) and "/" not in reference and not Path(reference).exists():
         meant = difflib.get_close_matches(reference, REFERENCES, n=1, cutoff=0.7)
@@ -173,8 +177,9 @@ def _check_reference(config: RunConfig) -> None:
             refuse_unknown("reference", reference, REFERENCES)
     if reference == "adapter_off" and config.adapter is None and not _has_adapter(config.policy):
         raise ConfigError(
-            "reference='adapter_off' compares the policy with itself without its adapter, and it has none; "
-            "got adapter=None. Add an adapter, adapter=LoRA(), or write reference='frozen'."
+            "reference='adapter_off' compares the policy with itself without its adapter, and it "
+            "has none; got adapter=None. Add an adapter, adapter=LoRA(), or write "
+            "reference='frozen'."
         )
 
 
@@ -209,16 +214,16 @@ def _check_generation(config: RunConfig, modality: str | None) -> None:
             value = getattr(config.generation, name)
             if modality not in (None, owner) and value != getattr(default, name):
                 raise ConfigError(
-                    f"generation.{name} is an option of {owner} sampling only, and the policy is of "
-                    f"modality {modality!r}; got {value!r}. Leave it out."
+                    f"generation.{name} is an option of {owner} sampling only, and the policy is "
+                    f"of modality {modality!r}; got {value!r}. Leave it out."
                 )
 
 
 def _check_evaluation(config: RunConfig) -> None:
     if config.trainer.eval_every is not None and config.eval_data is None:
         raise ConfigError(
-            f"trainer.eval_every={config.trainer.eval_every} evaluates on eval_data, which is not given. "
-            "Add eval_data, or leave eval_every out."
+            f"trainer.eval_every={config.trainer.eval_every} evaluates on eval_data, which is not "
+            "given. Add eval_data, or leave eval_every out."
         )
 
 
@@ -227,8 +232,8 @@ def _check_hardware(config: RunConfig, modality: str | None) -> None:
     if trainer.optimizer == "adamw_8bit":
         if find_spec("bitsandbytes") is None:
             raise ConfigError(
-                "trainer.optimizer='adamw_8bit' needs the package bitsandbytes, which is not installed. "
-                "Run pip install bitsandbytes, or write optimizer='adamw'."
+                "trainer.optimizer='adamw_8bit' needs the package bitsandbytes, which is not "
+                "installed. Run pip install bitsandbytes, or write optimizer='adamw'."
             )
         import torch
 
@@ -247,8 +252,8 @@ def _check_hardware(config: RunConfig, modality: str | None) -> None:
             )
     if trainer.sharding == "fsdp2" and modality == "image":
         raise ConfigError(
-            "trainer.sharding='fsdp2' is for text policies only: an SDXL pipeline fits one device, and "
-            "its UNet is not sharded. Leave sharding out; several processes train with DDP."
+            "trainer.sharding='fsdp2' is for text policies only: an SDXL pipeline fits one device, "
+            "and its UNet is not sharded. Leave sharding out; several processes train with DDP."
         )
 
 
@@ -256,14 +261,14 @@ def _check_run_folder(config: RunConfig) -> None:
     trainer, resume = config.trainer, config.resume
     if trainer.push_to_hub is not None and "/" not in trainer.push_to_hub:
         raise ConfigError(
-            f"trainer.push_to_hub must be a repository name with its owner; got {trainer.push_to_hub!r}. "
-            f"Write push_to_hub='your-name/{trainer.push_to_hub}'."
+            "trainer.push_to_hub must be a repository name with its owner; got "
+            f"{trainer.push_to_hub!r}. Write push_to_hub='your-name/{trainer.push_to_hub}'."
         )
     named = resume in ("auto", "must", "never")
     if not named and not Path(resume).exists():
         raise ConfigError(
-            f"resume must be 'auto', 'must', 'never' or the path of a checkpoint; got {str(resume)!r}, "
-            "and there is no such path."
+            "resume must be 'auto', 'must', 'never' or the path of a checkpoint; got "
+            f"{str(resume)!r}, and there is no such path."
         )
     if config.run_dir is not None:
         return
@@ -275,6 +280,6 @@ def _check_run_folder(config: RunConfig) -> None:
     for name in ("save_every", "sample_every", "keep_best"):
         if getattr(trainer, name) is not None:
             raise ConfigError(
-                f"trainer.{name}={getattr(trainer, name)!r} writes into the run folder; got run_dir=None. "
-                "Write run_dir='runs/name'."
+                f"trainer.{name}={getattr(trainer, name)!r} writes into the run folder; got "
+                "run_dir=None. Write run_dir='runs/name'."
             )

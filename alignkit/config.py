@@ -1,4 +1,4 @@
-"""A run as one value: from YAML to frozen dataclasses and back, checked before anything is loaded."""
+"""A run as one value: from YAML to frozen dataclasses and back."""
 
 from __future__ import annotations
 
@@ -20,7 +20,6 @@ from alignkit.options import (
     TrainerOptions,
 )
 from alignkit.schema import (
-    build,
     descriptions,
     dotted,
     hints,
@@ -49,13 +48,14 @@ class RunConfig:
     """Everything that one call of `align()` is told.
 
     Attributes:
-        policy: a local folder or hub name of an LLM or a diffusers pipeline; in Python also objects in
-            memory. A relative path starts at the working directory, not at the YAML file.
+        policy: a local folder or hub name of an LLM or a diffusers pipeline; in Python also objects
+            in memory. A relative path starts at the working directory, not at the YAML file.
         method: what to optimise: a name, or a mapping with `name` and the method's options.
         data: a file (jsonl, json, csv, parquet), a folder or a hub name; in Python also rows.
         eval_data: like data, or a mapping from set names to such.
-        reference: "auto", "frozen", "adapter_off", "none", or a path or hub name. Auto: a fresh adapter
-            is switched off, an adapter that is continued and a fully trained model are copied.
+        reference: "auto", "frozen", "adapter_off", "none", or a path or hub name. Auto: a fresh
+            adapter is switched off; an adapter that is continued, or a fully trained model, is
+            copied.
         reward: scores answers, for online methods.
         judge: compares two answers, for online methods.
         adapter: the low-rank adapter to train; without one all weights are trained.
@@ -63,8 +63,8 @@ class RunConfig:
         generation: how answers are sampled, for reports and online methods.
         trainer: how the optimizer runs.
         run_dir: the run folder; without one nothing is written.
-        resume: "auto" continues an interrupted run of this folder and returns a finished one, "must"
-            refuses to start anew, "never" refuses to continue; or a checkpoint folder.
+        resume: "auto" continues an interrupted run of this folder and returns a finished one,
+            "must" refuses to start anew, "never" refuses to continue; or a checkpoint folder.
         seed: the key of every random draw.
     """
 
@@ -109,12 +109,12 @@ def from_mapping(mapping: Mapping[str, Any], where: str = "config") -> RunConfig
     """The run that plain data (a parsed YAML file) describes.
 
     Args:
-        mapping: the keys of `RunConfig`. `environment` and `resolved`, which a run writes into its own
-            config.yaml, are ignored, so that this file runs again.
+        mapping: the keys of `RunConfig`. `environment` and `resolved`, which a run writes into its
+            own config.yaml, are ignored, so that this file runs again.
         where: what error messages call the mapping.
 
     Raises:
-        ConfigError: naming the dotted path of the key that is unknown, missing or of the wrong type.
+        ConfigError: naming the dotted path of the key that is unknown, missing or of wrong type.
     """
     try:
         return _read_run({k: v for k, v in mapping.items() if k not in _WRITTEN_BY_RUNS})
@@ -125,7 +125,8 @@ def from_mapping(mapping: Mapping[str, Any], where: str = "config") -> RunConfig
 def _read_run(given: dict[str, Any]) -> RunConfig:
     if "recipe" in given:
         raise ConfigError(
-            f"recipe is not supported; got {given['recipe']!r}. Write one run as policy, method and data."
+            f"recipe is not supported; got {given['recipe']!r}. "
+            "Write one run as policy, method and data."
         )
     refuse_unknown_keys("", given, _IN_FILES)
     for name in _REQUIRED:
@@ -134,8 +135,8 @@ def _read_run(given: dict[str, Any]) -> RunConfig:
     for path, value in _leaves(given):
         if isinstance(value, str) and value.startswith(_IN_MEMORY):
             raise ConfigError(
-                f"{path} is {value!r}: this run was made from objects in memory, which a file cannot "
-                "hold. Call align() from Python with the same objects."
+                f"{path} is {value!r}: this run was made from objects in memory, which a file "
+                "cannot hold. Call align() from Python with the same objects."
             )
     return RunConfig(**{name: _read_key(name, value) for name, value in given.items()})
 
@@ -194,7 +195,8 @@ def from_file(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
 def to_mapping(config: RunConfig) -> dict[str, Any]:
     """Every field of `config`, defaults included, as plain data that YAML and JSON can hold.
 
-    Objects in memory become text such as "<in memory: Qwen2ForCausalLM>", which `from_mapping` refuses.
+    Objects in memory become text such as "<in memory: Qwen2ForCausalLM>", which `from_mapping`
+    refuses.
     """
     mapping = {f.name: _plain(getattr(config, f.name)) for f in fields(config)}
     method = {f.name: _plain(getattr(config.method, f.name)) for f in fields(config.method)}
@@ -232,7 +234,7 @@ def _describe(value: Any) -> str:
 
 
 def changed_keys(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
-    """Dotted paths at which two results of `to_mapping` differ, as far as it matters for the numbers.
+    """Dotted paths at which two results of `to_mapping` differ in what the numbers depend on.
 
     Where a run is written, how it resumes and who is told of it do not matter.
     """
@@ -261,7 +263,7 @@ def _leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def json_schema() -> dict[str, Any]:
-    """The JSON schema of a configuration file, for editors. It names the losses, so it loads torch."""
+    """The JSON schema of a configuration file, for editors. Naming the losses loads torch."""
     from alignkit.losses import PREFERENCE_LOSSES
 
     schema = json_object(RunConfig, _IN_FILES)
@@ -288,5 +290,4 @@ def json_schema() -> dict[str, Any]:
         "$schema": "http://json-schema.org/draft-07/schema#",
         "title": "alignkit run",
         **schema,
-        "required": list(_REQUIRED),
     }

@@ -119,6 +119,10 @@ class Objective(Protocol):
         """The rows of a piece whose own loss is not finite. All processes call it alike."""
         ...
 
+    def evaluate(self, micro: Any) -> Metrics:
+        """The metrics of a held-out piece, its loss among them, without gradient."""
+        ...
+
     def after_step(self, step: int) -> None: ...
 
     def state_dict(self) -> dict[str, Any]: ...
@@ -237,6 +241,24 @@ class Wing(Protocol):
         """Facts for the report: class, parameters, trained parameters, dtype, unit of the log-ratio."""
         ...
 
-    def save(self, folder: Path, *, base: str | None) -> None:
-        """Write what users load; `base` is the name that an adapter's card names as its base."""
+    def prompt_text(self, prompt: Any) -> str:
+        """A prompt as a person reads it."""
+        ...
+
+    def save(
+        self,
+        folder: Path,
+        *,
+        base: str | None = None,
+        weights: Mapping[str, Tensor] | None = None,
+    ) -> None:
+        """Write what users load.
+
+        `base` is the name that an adapter's files give as their base; `weights` the policy's whole
+        state dict where its own parameters are sharded.
+        """
+        ...
+
+    def release(self) -> None:
+        """Give objects in hand back as they came, apart from their weights."""
         ...

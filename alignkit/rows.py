@@ -1,7 +1,7 @@
 """From whatever holds rows to a sequence of dicts: files, folders, hub names, datasets, lists.
 
-Both wings read through here, so that a file format, a renamed column or a broken line is handled, and
-named in errors, in the same way everywhere.
+Both wings read through here, so that a file format, a renamed column or a broken line is handled,
+and named in errors, in the same way everywhere.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ Row = dict[str, Any]
 
 
 class Rows(Sequence[Row]):
-    """Rows by number. What lies on disk stays there until a row is asked for, where the format allows.
+    """Rows by number. What lies on disk stays there until a row is asked for, where the format
+    allows.
 
     Attributes:
         name: what errors call the data: a path, a hub name, or "the given list".
@@ -65,10 +66,9 @@ class Rows(Sequence[Row]):
                 f"{self.where(index)}: a row is a dict of columns; got {type(found).__name__}."
             )
         row = dict(found)
-        # Two passes, so that columns can also be swapped: {"chosen": "rejected", "rejected": "chosen"}.
-        renamed = {
-            ours: row[theirs] for ours, theirs in self._columns.items() if theirs in row
-        }
+        # Two passes, so that columns can also be swapped: {"chosen": "rejected", "rejected":
+        # "chosen"}.
+        renamed = {ours: row[theirs] for ours, theirs in self._columns.items() if theirs in row}
         for theirs in self._columns.values():
             row.pop(theirs, None)
         return {**row, **renamed}
@@ -77,7 +77,7 @@ class Rows(Sequence[Row]):
         return (self[i] for i in range(self._size))
 
     def where(self, index: int) -> str:
-        """How errors name a row: its number counted from 0, the data, and the line where there is one."""
+        """How errors name a row: its number from 0, the data, and the line if it has one."""
         line = f", line {self._lines[index]}" if self._lines is not None else ""
         return f"Row {index} (counted from 0) of {self.name}{line}"
 
@@ -88,14 +88,15 @@ def read_rows(
     """Open `data` as a sequence of rows.
 
     Args:
-        data: a jsonl, json, csv or parquet file; a folder with `metadata.*` or `<split>.*` in one of these
-            formats, or written by `datasets.save_to_disk`; a hub name; a `datasets.Dataset`,
-            `IterableDataset` (read to its end) or `DatasetDict`; or a sequence of dicts.
+        data: a jsonl, json, csv or parquet file; a folder with `metadata.*` or `<split>.*` in one
+            of these formats, or written by `datasets.save_to_disk`; a hub name; a
+            `datasets.Dataset`, `IterableDataset` (read to its end) or `DatasetDict`; or a sequence
+            of dicts.
         columns: our column name -> the data's.
         split: the split of a folder, hub name or `DatasetDict`.
 
-    Columns that decode files when read (such as pictures in `datasets`) are handed over undecoded, as
-    ``{"bytes": ..., "path": ...}``.
+    Columns that decode files when read (such as pictures in `datasets`) are handed over undecoded,
+    as ``{"bytes": ..., "path": ...}``.
 
     Raises:
         DataError: the data is missing, empty, of an unknown format or broken (naming the line), or
@@ -161,9 +162,9 @@ def _read_folder(folder: Path, split: str) -> Rows:
         return _read_file(files[0])
     found = ", ".join(sorted(path.name for path in folder.iterdir())[:12]) or "nothing"
     raise DataError(
-        f"A data folder holds metadata.jsonl, metadata.json, metadata.csv or metadata.parquet (or {split}.*), "
-        f"or a dataset written by datasets.save_to_disk; {folder} holds {found}. "
-        "Name the file itself, or rename it to metadata.*."
+        "A data folder holds metadata.jsonl, metadata.json, metadata.csv or metadata.parquet (or "
+        f"{split}.*), or a dataset written by datasets.save_to_disk; {folder} holds {found}. Name "
+        "the file itself, or rename it to metadata.*."
     )
 
 
@@ -265,7 +266,9 @@ def _read_hub(name: str, split: str) -> Rows:
 
     try:
         found = datasets.load_dataset(name, split=split)
-    except Exception as error:  # the hub client, the network and the dataset's own files all raise here
+    except (
+        Exception
+    ) as error:  # the hub client, the network and the dataset's own files all raise here
         raise DataError(
             f"Data must be a path that exists or a dataset on the hub with a split {split!r}; "
             f"{name!r} is neither here nor could it be loaded: {type(error).__name__}: {error}"
@@ -279,8 +282,8 @@ def _read_dataset(data: Any, split: str, *, name: str) -> Rows:
     if isinstance(data, datasets.DatasetDict | datasets.IterableDatasetDict):
         if split not in data:
             raise DataError(
-                f"{name} has the splits {', '.join(data)}, and none is {split!r}. "
-                f"Hand over one of them, such as data[{next(iter(data), split)!r}]."
+                f"{name} has the splits {', '.join(data)}, and none is {split!r}. Hand over one "
+                f"of them, such as data[{next(iter(data), split)!r}]."
             )
         data = data[split]
     for column, feature in (data.features or {}).items():

@@ -1,23 +1,22 @@
 """The run folder: everything that a run leaves behind, in one place.
 
-    runs/x/ config.yaml  metrics.jsonl  checkpoints/  samples/  plots/  result.json  report.html  model/
+    runs/x/  config.yaml  metrics.jsonl  checkpoints/  samples/  plots/  result.json  report.html
+             model/
 
-In a run of several processes every process may open the folder; the main one alone locks and writes it.
+In a run of several processes every process may open the folder; only the main one locks and writes.
 """
 
 from __future__ import annotations
 
 import errno
 import fcntl
-import json
 import os
 import platform
-import re
+import shutil
 import subprocess
 import warnings
 import weakref
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,6 +26,7 @@ import yaml
 from alignkit.atomic import atomic_folder, atomic_write, cannot_write, clean_leftovers, heal_folder
 from alignkit.errors import CheckpointError, ConfigError
 from alignkit.records import RecordFile, broken, from_json, plain, to_json
+from alignkit.sample_files import Samples, read_samples, write_samples
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -42,27 +42,6 @@ __all__ = [
 ]
 
 _PACKAGES = ("alignkit", "torch", "transformers", "diffusers", "peft", "accelerate", "datasets")
-_STEP = re.compile(r"step-(\d+)(\.jsonl)?")
-
-
-@dataclass(frozen=True)
-class Samples:
-    """What the policy answered at one step.
-
-    Attributes:
-        step: 0 is before training.
-        prompts: one per answer.
-        answers: strings, or the paths of pictures.
-    """
-
-    step: int
-    prompts: tuple[str, ...]
-    answers: tuple[str, ...] | tuple[Path, ...]
-
-    @property
-    def pictures(self) -> bool:
-        """Whether the answers are pictures."""
-        return bool(self.answers) and isinstance(self.answers[0], Path)
 
 
 class RunFolder:
@@ -86,7 +65,7 @@ class RunFolder:
         except (FileExistsError, NotADirectoryError) as error:
             raise ConfigError(
                 f"run_dir must be a folder; {self.path} is a file or lies below one. "
-                f'Give another, such as run_dir="{self.path}-run".'
+                'Give another, such as run_dir="runs/mine".'
             ) from error
         except OSError as error:
             raise self._not_writable(error.strerror or str(error)) from error
@@ -143,7 +122,7 @@ class RunFolder:
         return self.path / "report.html"
 
     def lock(self) -> None:
-        """Take the folder for this process until `unlock`, the end of this object or of the process.
+        """Take the folder until `unlock`, the end of this object or the end of the process.
 
         What a killed run left half-written is cleaned up here, because nobody else can be writing.
 
@@ -184,6 +163,14 @@ class RunFolder:
             self._release()
             self._release = None
 
+    def clear(self) -> None:
+        """Remove what an earlier run left here, to start anew. Its model goes last."""
+        for file in (self.path / "result.json", self.path / "metrics.jsonl", self.report_file):
+            file.unlink(missing_ok=True)
+        for folder in (self.checkpoints, self.samples_dir, self.plots_dir, self.model_dir):
+            if folder.exists():
+                shutil.rmtree(folder)
+
     def write_config(self, mapping: Mapping[str, Any]) -> None:
         """Write the resolved configuration, in the order given.
 
@@ -213,7 +200,7 @@ class RunFolder:
         self._metrics.append(record)
 
     def read_metrics(self) -> list[dict[str, Any]]:
-        """All records. One half-written last line, which a kill leaves, is dropped; nothing else is."""
+        """All records. Only a half-written last line, which a kill leaves, is dropped."""
         return self._metrics.read()
 
     def cut_metrics(self, step: int) -> list[dict[str, Any]]:
@@ -223,43 +210,16 @@ class RunFolder:
     def write_samples(
         self, step: int, prompts: Sequence[str], answers: Sequence[str | Image]
     ) -> Path:
-        """Keep what the policy answered at `step`; step 0 is before training.
+        """Keep what the policy answered at `step` (0 is before training), and return where.
 
-        Returns:
-            `samples/step-000010.jsonl` for text; for pictures the folder `samples/step-000010`, with
-            `000.png`, `001.png` ... and `prompts.json`.
+        That is `samples/step-000010.jsonl` for text; for pictures it is the folder
+        `samples/step-000010` with `000.png`, `001.png` ... and `prompts.json`.
         """
-        if len(prompts) != len(answers):
-            raise ValueError(
-                f"write_samples needs one answer per prompt; got {len(prompts)} prompts and "
-                f"{len(answers)} answers."
-            )
-        target = self.samples_dir / f"step-{step:06d}"
-        if all(isinstance(answer, str) for answer in answers):
-            target = target.with_suffix(".jsonl")
-            rows = [{"prompt": p, "answer": a} for p, a in zip(prompts, answers, strict=True)]
-            atomic_write(target, "".join(to_json(row, "samples") + "\n" for row in rows))
-            return target
-        with atomic_folder(target) as folder:
-            for index, picture in enumerate(answers):
-                assert not isinstance(picture, str), "samples are all text or all pictures"
-                picture.save(folder / f"{index:03d}.png")
-            (folder / "prompts.json").write_text(json.dumps(list(prompts)), encoding="utf-8")
-        return target
+        return write_samples(self.samples_dir, step, prompts, answers)
 
     def read_samples(self) -> dict[int, Samples]:
         """Step -> samples, in the order of steps."""
-        found: dict[int, Samples] = {}
-        for path in sorted(self.samples_dir.glob("step-*")):
-            match = _STEP.fullmatch(path.name)
-            if match is None:
-                continue
-            step = int(match[1])
-            try:
-                found[step] = _read_text(step, path) if match[2] else _read_pictures(step, path)
-            except (ValueError, KeyError, TypeError, OSError) as error:
-                raise broken(path, str(error)) from error
-        return dict(sorted(found.items()))
+        return read_samples(self.samples_dir)
 
     def write_result(self, result: Mapping[str, Any]) -> None:
         """Write `result.json`, which marks the run as finished."""
@@ -277,10 +237,10 @@ class RunFolder:
 
 
 def environment() -> dict[str, str | None]:
-    """What the run ran on: package versions, Python, platform, and the current folder's git revision.
+    """What the run ran on: versions, platform, and the git revision of the current folder.
 
-    Nothing is imported for it. A package that is not installed is None; so is the revision outside a
-    repository. A revision with uncommitted changes ends with ``-dirty``.
+    Nothing is imported for it. A package that is not installed is None; so is the revision outside
+    a repository. A revision with uncommitted changes ends with ``-dirty``.
     """
     found: dict[str, str | None] = {}
     for package in _PACKAGES:
@@ -308,17 +268,3 @@ def _unlock(handle: int, owner: int) -> None:
     if os.getpid() == owner:
         fcntl.flock(handle, fcntl.LOCK_UN)
     os.close(handle)
-
-
-def _read_text(step: int, path: Path) -> Samples:
-    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
-    prompts, answers = ([row[key] for row in rows] for key in ("prompt", "answer"))
-    return Samples(step, tuple(prompts), tuple(answers))
-
-
-def _read_pictures(step: int, path: Path) -> Samples:
-    prompts = json.loads((path / "prompts.json").read_text(encoding="utf-8"))
-    pictures = tuple(path / f"{index:03d}.png" for index in range(len(prompts)))
-    for picture in pictures:
-        picture.stat()
-    return Samples(step, tuple(prompts), pictures)

@@ -1,7 +1,7 @@
-"""Option dataclasses from plain data, and the JSON schema of that data: both follow the type hints.
+"""Option dataclasses from plain data, and the JSON schema of that data, both by the type hints.
 
-The classes of `alignkit.options` are the only place where a field, its type, its default and its meaning
-are written down.
+The classes of `alignkit.options` are the only place where a field, its type, its default and its
+meaning are written down.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import MISSING, fields, is_dataclass
-from functools import cache
 from inspect import getdoc
 from numbers import Integral, Real
 from pathlib import Path
@@ -31,7 +30,6 @@ _WORDS: dict[Any, str] = {
 }
 
 
-@cache
 def hints(cls: type) -> dict[str, Any]:
     """Field name -> resolved type hint, in the order of the fields."""
     resolved = get_type_hints(cls)
@@ -74,14 +72,25 @@ def expected(hint: Any) -> str:
 def read(hint: Any, value: object, path: str) -> Any:
     """`value` as the type `hint`, or a `ConfigError` that names `path`.
 
-    A number given as text is read as a number where one is expected: YAML 1.1 takes `1e-5` for text.
+    A number given as text is read as a number where one is expected: YAML 1.1 takes `1e-5` for
+    text.
     """
     converted = _convert(hint, value, path)
     if converted is _MISMATCH:
-        raise ConfigError(
-            f"{path} must be {expected(hint)}; got {value!r} ({type(value).__name__})."
-        )
+        raise _wrong_type(hint, value, path)
     return converted
+
+
+def require(hint: Any, value: object, path: str) -> None:
+    """Like `read`, for a value that is used as it is: what would be converted is refused."""
+    converted = value if hint is Any else read(hint, value, path)
+    if converted is not value and converted != value:
+        raise _wrong_type(hint, value, path)
+
+
+def _wrong_type(hint: Any, value: object, path: str) -> ConfigError:
+    kind = type(value).__name__
+    return ConfigError(f"{path} must be {expected(hint)}; got {value!r} ({kind}).")
 
 
 def _convert(hint: Any, value: Any, path: str) -> Any:
@@ -155,17 +164,9 @@ def build(cls: type[T], given: Mapping[str, Any], path: str) -> T:
 
 
 def validate(options: Any, path: str) -> None:
-    """Raise `ConfigError` where a field of the dataclass `options` does not hold what its hint says.
-
-    What is converted from YAML must already be so here: nothing is changed.
-    """
+    """Raise `ConfigError` where a field of the dataclass `options` is not what its hint says."""
     for name, hint in hints(type(options)).items():
-        value = getattr(options, name)
-        place = dotted(path, name)
-        if hint is not Any and read(hint, value, place) != value:
-            raise ConfigError(
-                f"{place} must be {expected(hint)}; got {value!r} ({type(value).__name__})."
-            )
+        require(hint, getattr(options, name), dotted(path, name))
 
 
 def json_type(hint: Any) -> dict[str, Any]:
@@ -182,16 +183,26 @@ def json_type(hint: Any) -> dict[str, Any]:
         return {"enum": list(args)}
     if origin in (Union, UnionType):
         members = [json_type(m) for m in args if m is not Path and get_origin(m) is not Callable]
-        return members[0] if len(members) == 1 else {"anyOf": members}
+        return _any_of(members)
     if origin in (tuple, Sequence):
         return {"type": "array", "items": json_type(args[0])}
     return {"type": "object", "additionalProperties": json_type(args[1])}
+
+
+def _any_of(members: list[dict[str, Any]]) -> dict[str, Any]:
+    if any(member.keys() != {"type"} for member in members):
+        return {"anyOf": members} if len(members) > 1 else members[0]
+    names = [member["type"] for member in members]
+    if "number" in names:  # every integer is a number
+        names = [name for name in names if name != "integer"]
+    return {"type": names if len(names) > 1 else names[0]}
 
 
 def json_object(cls: type, only: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """The JSON schema of an option class; `only` gives the fields and hints to show (None: all)."""
     about = descriptions(cls)
     defaults = {f.name: f.default for f in fields(cls) if f.default is not MISSING}
+    made = [f.name for f in fields(cls) if f.default_factory is not MISSING]
     properties = {}
     for name, hint in (hints(cls) if only is None else only).items():
         properties[name] = json_type(hint)
@@ -200,7 +211,9 @@ def json_object(cls: type, only: Mapping[str, Any] | None = None) -> dict[str, A
         if name in defaults and not is_dataclass(defaults[name]):
             default = defaults[name]
             properties[name]["default"] = list(default) if isinstance(default, tuple) else default
-    return {"type": "object", "properties": properties, "additionalProperties": False}
+    required = [name for name in properties if name not in defaults and name not in made]
+    schema = {"type": "object", "properties": properties, "additionalProperties": False}
+    return schema | ({"required": required} if required else {})
 
 
 def descriptions(cls: type) -> dict[str, str]:
@@ -209,5 +222,5 @@ def descriptions(cls: type) -> dict[str, str]:
     found: dict[str, str] = {}
     for entry in re.split(r"\n(?=    \S)", section[1].rstrip()) if section else ():
         names, _, text = " ".join(entry.split()).partition(": ")
-        found |= {name: text for name in names.split(", ")}
+        found |= dict.fromkeys(names.split(", "), text)
     return found

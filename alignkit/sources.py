@@ -76,6 +76,12 @@ class RowSource:
             self.consumed = end
             yield self._share(places)
 
+    def once(self) -> Iterator[Batch]:
+        """The whole of it from the start, without moving on: for evaluation, again and again."""
+        assert self.total_rows is not None, "an endless source has no end to evaluate to"
+        for begin in range(0, self.total_rows, self.batch_size):
+            yield self._share(range(begin, min(begin + self.batch_size, self.total_rows)))
+
     def _share(self, places: range) -> Batch:
         rank, size, num = self.processes.rank, self.processes.size, len(places)
         positions = range(rank * num // size, (rank + 1) * num // size)

@@ -8,7 +8,8 @@ what seems to need a change here needs another objective, another source, or suc
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
 from typing import Any, final
 
 import torch
@@ -182,6 +183,25 @@ class Trainer:
         sums = self.runtime.sum(packed).tolist()
         self._pending = {}
         return {name: value / count for name, (value, count) in zip(names, sums, strict=True) if count}
+
+    @torch.no_grad()
+    def evaluate(self, batches: Iterable[Batch]) -> dict[str, float]:
+        """Means of the objective's metrics over the given global batches, without training.
+
+        The draws are keyed by step 0 and the row's place among all of them, so that every evaluation of
+        a run sees the same ones.
+        """
+        kept, self._pending = self._pending, {}
+        seen = 0
+        for batch in batches:
+            placed = replace(batch, position=batch.position + seen)
+            micros = list(self.objective.micro_batches(placed, 0))
+            num = self.runtime.max(len(micros))
+            for micro in micros + [self.objective.absent(micros[0])] * (num - len(micros)):
+                self._add(self.objective.evaluate(micro))
+            seen += self.runtime.max(int(batch.position.max()) + 1)
+        values, self._pending = self._reduce_metrics(), kept
+        return values
 
     def state_dict(self) -> dict[str, Any]:
         """All state that matters, unsharded. All processes must call it."""

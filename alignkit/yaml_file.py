@@ -85,8 +85,8 @@ def override(mapping: Mapping[str, Any], items: Sequence[str]) -> dict[str, Any]
             if section is not None and not isinstance(section, Mapping):
                 place = ".".join(keys[: depth + 1])
                 raise ConfigError(
-                    f"{path} cannot be set: {place} is {section!r}, which has no options of its own. "
-                    f"Set {place} itself."
+                    f"{path} cannot be set: {place} is {section!r}, which has no options of its "
+                    f"own. Set {place} itself."
                 )
             inner[key] = dict(section or {})
             inner = inner[key]

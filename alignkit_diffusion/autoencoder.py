@@ -1,7 +1,7 @@
 """Pixels to latents and back, in float32.
 
-SDXL's VAE overflows in float16 and rounds visibly in bfloat16, so a pipeline loaded in half precision keeps
-its VAE's float32 weights here; the pipeline's own VAE is never changed.
+SDXL's VAE overflows in float16 and rounds visibly in bfloat16, so a pipeline loaded in half
+precision keeps its VAE's float32 weights here; the pipeline's own VAE is never changed.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ class Autoencoder:
     def __init__(self, vae: Any, device: torch.device) -> None:
         if not hasattr(vae.config, "latent_channels") or not hasattr(vae, "quant_conv"):
             raise ConfigError(
-                f"Image policies need an AutoencoderKL; the pipeline's VAE is a {type(vae).__name__}. "
-                "Give the pipeline the VAE that its UNet was trained with."
+                "Image policies need an AutoencoderKL; the pipeline's VAE is a "
+                f"{type(vae).__name__}. Give the pipeline the VAE that its UNet was trained with."
             )
         self._vae = vae
         self._device = device
@@ -52,8 +52,8 @@ class Autoencoder:
     def encode(self, pixels: Tensor) -> Tensor:
         """Latents (N, C, h, w) of pixels (N, 3, H, W) in [-1, 1], float32 on the CPU.
 
-        The mean of the posterior, so that an image has one latent: at the scale of SDXL's posterior,
-        sampling it adds noise far below what the first timestep adds.
+        The mean of the posterior, so that an image has one latent: at the scale of SDXL's
+        posterior, sampling it adds noise far below what the first timestep adds.
         """
         mean = self._module().encode(pixels.to(self._device)).latent_dist.mean
         shift, scale = self._affine()
@@ -84,9 +84,10 @@ class Autoencoder:
     def _module(self) -> Any:
         if self._ready is None:
             first = next(self._vae.parameters())
-            as_is = first.dtype == torch.float32 and first.device.type == self._device.type
-            if as_is and not self._vae.training:
+            there = first.device == torch.empty(0, device=self._device).device
+            if there and first.dtype == torch.float32 and not self._vae.training:
                 self._ready = self._vae
             else:
-                self._ready = copy.deepcopy(self._vae).to(self._device, torch.float32).eval()
+                fresh = copy.deepcopy(self._vae)
+                self._ready = nn.Module.to(fresh, self._device, torch.float32).eval()
         return self._ready

@@ -54,7 +54,9 @@ class PromptTable:
 
     def look_up(self, prompts: Sequence[str | None]) -> PromptEmbeddings:
         """One row per prompt; None is a dropped caption."""
-        return self._table.select([0 if prompt is None else self._row[prompt] for prompt in prompts])
+        return self._table.select(
+            [0 if prompt is None else self._row[prompt] for prompt in prompts]
+        )
 
 
 def _on_cpu(embeddings: PromptEmbeddings) -> PromptEmbeddings:
@@ -92,8 +94,8 @@ def warn_of_truncation(pipe: Any, prompts: Sequence[str]) -> None:
     longer = sum(length > limit for length in lengths)
     if longer:
         logger.warning(
-            "%d of %d prompts are longer than the %d tokens that the text encoders read; their ends "
-            "are cut off.",
+            "%d of %d prompts are longer than the %d tokens that the text encoders read; their "
+            "ends are cut off.",
             longer,
             len(prompts),
             limit,
@@ -102,7 +104,7 @@ def warn_of_truncation(pipe: Any, prompts: Sequence[str]) -> None:
 
 @contextmanager
 def quiet_diffusers() -> Iterator[None]:
-    """diffusers warns once for every prompt that it truncates; `warn_of_truncation` says it once."""
+    """Inside, diffusers does not warn once per truncated prompt; `warn_of_truncation` does."""
     from diffusers.utils import logging as diffusers_logging
 
     before = diffusers_logging.get_verbosity()

@@ -1,7 +1,7 @@
 """The image wing's own data: what a batch holds, and the randomness of one evaluation.
 
-Legend for shapes: N images, G groups, C/H/W latent channels, height and width, L prompt tokens, D text
-features, P pooled features.
+Legend for shapes: N images, G groups, C/H/W latent channels, height and width, L prompt tokens, D
+text features, P pooled features.
 """
 
 from __future__ import annotations
@@ -45,11 +45,11 @@ class ImageContent:
     """`Batch.content` of the image wing, on the CPU.
 
     Attributes:
-        latents: N tensors (C, H, W), float32, scaled as the UNet sees them. A tuple, because images of
-            different shapes may share a global batch; `split` keeps them apart in micro-batches.
-        geometry: (N, 6) float32 pixels, one row per *image*: original height and width, top and left of
-            the crop, height and width of the crop. Float32 until the UNet embeds them, because bfloat16
-            would turn 1366 into 1368.
+        latents: N tensors (C, H, W), float32, scaled as the UNet sees them. A tuple, because images
+            of different shapes may share a global batch; `split` keeps them apart in micro-batches.
+        geometry: (N, 6) float32 pixels, one row per *image*: original height and width, top and
+            left of the crop, height and width of the crop. Float32 until the UNet embeds them,
+            because bfloat16 would turn 1366 into 1368.
         prompts: the G prompts, or what stands for a dropped one.
     """
 

@@ -60,7 +60,8 @@ def open_image(source: Any, folder: Path | None) -> Image.Image:
     if max(rgb.size) > MAX_ASPECT * min(rgb.size):
         raise BadRow(
             "extreme aspect ratio",
-            f"an image's sides differ by at most {MAX_ASPECT} times; {name} has {rgb.width} x {rgb.height}",
+            f"an image's sides differ by at most {MAX_ASPECT} times; {name} has {rgb.width} x "
+            f"{rgb.height}",
         )
     return rgb
 
@@ -78,7 +79,7 @@ def _open(source: Any, folder: Path | None) -> tuple[Image.Image, str]:
         path = path if path.is_absolute() or folder is None else folder / path
         if not path.is_file():
             raise BadRow("missing file", f"there is no image file {path}")
-        name, source = str(path), path
+        name, source = str(path), io.BytesIO(path.read_bytes())
     elif isinstance(source, bytes | bytearray | memoryview):
         name, source = f"{name} ({len(source)} bytes)", io.BytesIO(source)
     else:
@@ -96,7 +97,8 @@ def _to_rgb(image: Image.Image, name: str) -> Image.Image:
     if image.mode.startswith("I"):
         # PIL's own conversion clips at 255 what reaches to 65535.
         values = np.asarray(image).astype(np.float64)
-        divisor = 257.0 if values.max(initial=0) > 255 else 1.0
+        wide = image.mode != "I" or values.max(initial=0) > 255
+        divisor = 257.0 if wide else 1.0
         image = Image.fromarray(np.clip(np.rint(values / divisor), 0, 255).astype(np.uint8))
     if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
         opaque = Image.new("RGBA", image.size, "white")
@@ -157,7 +159,7 @@ class Placement:
         scale = size / min(height, width)
         resized = (max(size, round(height * scale)), max(size, round(width * scale)))
         shares = (augmentation.top, augmentation.left)
-        corner = [int(share * (side - size)) for share, side in zip(shares, resized, strict=True)]
+        corner = [round(share * (side - size)) for share, side in zip(shares, resized, strict=True)]
         return cls((height, width), resized, (corner[0], corner[1]), size, augmentation.flip)
 
     def time_ids(self) -> tuple[int, ...]:

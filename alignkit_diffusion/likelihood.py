@@ -1,8 +1,9 @@
 """The image wing's log-likelihood: minus half the mean squared denoising error at a shared draw.
 
-Wallace et al. 2023 (2311.12908), eq. 14, in the form that its authors' code gives it: the logit of a pair
-is -beta/2 [(L_w - L_l) - (R_w - R_l)] with L and R the *mean* squared errors of policy and reference. With
-`total` = -L/2 that is beta times the difference of log-ratios, the same formula as for text.
+Wallace et al. 2023 (2311.12908), eq. 14, in the form that its authors' code gives it: the logit of
+a pair is -beta/2 [(L_w - L_l) - (R_w - R_l)] with L and R the *mean* squared errors of policy and
+reference. With `total` = -L/2 that is beta times the difference of log-ratios, the same formula as
+for text.
 """
 
 from __future__ import annotations
@@ -36,9 +37,9 @@ def autocast(device: torch.device, precision: str) -> AbstractContextManager[Any
 class DenoisingLikelihood(nn.Module):
     """One UNet call on all images of a micro-batch; its forward **is** the likelihood.
 
-    The model's own dropout is off for good: `train()` keeps the UNet in evaluation mode, because policy
-    and reference must compute the same function. Dropout of the adapter, where the user asks for
-    it, acts in forwards that will be differentiated and in no other.
+    The model's own dropout is off for good: `train()` keeps the UNet in evaluation mode, because
+    policy and reference must compute the same function. Dropout of the adapter, where the user asks
+    for it, acts in forwards that will be differentiated and in no other.
 
     Args:
         unet: the denoiser, shared with the pipeline.
@@ -90,9 +91,11 @@ class DenoisingLikelihood(nn.Module):
         conditioning = self.family.conditioning(content, batch.group, device)
         with self._evaluation(device):
             found = self.family.predict(self.unet, latents, noise, timesteps, conditioning)
-        # In float32 whatever the model computes in: reduced in bfloat16, a logit at beta 5000 is off by
-        # about 1 (rms).
-        error = (found.target.float() - found.prediction.float()).square().mean(dim=(1, 2, 3))  # (N,)
+        # In float32 whatever the model computes in: reduced in bfloat16, a logit at beta 5000 is
+        # off by about 1 (rms).
+        error = (
+            (found.target.float() - found.prediction.float()).square().mean(dim=(1, 2, 3))
+        )  # (N,)
         extras = {"error": error, "timestep": timesteps}
         return Likelihood(
             total=-0.5 * found.weight * error,
@@ -115,8 +118,8 @@ class DenoisingLikelihood(nn.Module):
 def checkpointing(unet: Any) -> Iterator[None]:
     """Forwards inside recompute their activations in backward, which may run outside.
 
-    Only the blocks' forwards read the switch, and backward recomputes what is below it; so it is put
-    back at once and a UNet in the caller's hands is left as it was.
+    Only the blocks' forwards read the switch, and backward recomputes what is below it; so it is
+    put back at once and a UNet in the caller's hands is left as it was.
     """
     switches = [m for m in unet.modules() if hasattr(m, "gradient_checkpointing")]
     before = [module.gradient_checkpointing for module in switches]
@@ -166,8 +169,8 @@ class ImageBackend:
     def draw(self, batch: Batch, key: Key) -> ImageDraw:
         """One timestep, uniform over all, and one standard normal noise for each group.
 
-        They are a function of (seed, optimizer step, position in the global batch), so that no split over
-        micro-batches or processes changes them.
+        They are a function of (seed, optimizer step, position in the global batch), so that no
+        split over micro-batches or processes changes them.
         """
         content: ImageContent = batch.content
         firsts = torch.searchsorted(batch.group, torch.arange(batch.num_groups)).tolist()

@@ -1,8 +1,9 @@
 """How many images fit into one forward.
 
-The figure everything is scaled from: SDXL's UNet keeps 10.55 GiB of activations per pair of 1024 px images
-(2 x 65536 latent elements) in bfloat16 with flash attention, 0.91 GiB with checkpointing, which makes 86 and
-7.5 kB per latent element. Activations grow with the widths of the UNet, SDXL's being 320 + 640 + 1280.
+The figure everything is scaled from: SDXL's UNet keeps 10.55 GiB of activations per pair of 1024 px
+images (2 x 65536 latent elements) in bfloat16 with flash attention, 0.91 GiB with checkpointing,
+which makes 86 and 7.5 kB per latent element. Activations grow with the widths of the UNet, SDXL's
+being 320 + 640 + 1280.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ SDXL_WIDTHS = 320 + 640 + 1280
 CPU_BUDGET = 4 * GIB
 """A constant, so that a resumed run splits its batches as before and stays bitwise equal."""
 MARGIN = 0.85
-"""The share of a GPU's free memory that activations may take; the rest is fragmentation and workspaces."""
+"""The share of free GPU memory that activations may take; the rest is for workspaces."""
 
 
 @dataclass(frozen=True)

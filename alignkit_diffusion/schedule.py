@@ -1,4 +1,5 @@
-"""The forward process q(x_t | x_0) = N(sqrt(abar_t) x_0, (1 - abar_t) I) and what a model predicts of it.
+"""The forward process q(x_t | x_0) = N(sqrt(abar_t) x_0, (1 - abar_t) I) and what a model predicts
+of it.
 
 Ho et al. 2020 (2006.11239), eq. 4; v-prediction: Salimans & Ho 2022 (2202.00512), app. D.
 """
@@ -14,6 +15,15 @@ from torch import Tensor
 from alignkit.errors import ConfigError
 
 PREDICTION_TYPES = ("epsilon", "v_prediction")
+BETAS = (
+    "num_train_timesteps",
+    "beta_start",
+    "beta_end",
+    "beta_schedule",
+    "trained_betas",
+    "rescale_betas_zero_snr",
+)
+"""Settings of a scheduler that say how noise was added in training."""
 
 
 @dataclass(frozen=True)
@@ -22,7 +32,8 @@ class Schedule:
 
     Attributes:
         alphas_cumprod: (T,) float64 on the CPU: abar_t, the share of signal power at timestep t.
-        prediction_type: "epsilon" (the noise) or "v_prediction" (sqrt(abar) noise - sqrt(1 - abar) x_0).
+        prediction_type: "epsilon" (the noise) or "v_prediction" (sqrt(abar) noise - sqrt(1 - abar)
+            x_0).
     """
 
     alphas_cumprod: Tensor
@@ -37,7 +48,7 @@ class Schedule:
         return abar / (1 - abar)
 
     def coefficients(self, timesteps: Tensor) -> tuple[Tensor, Tensor]:
-        """(sqrt(abar_t), sqrt(1 - abar_t)) as float32 CPU tensors (N, 1, 1, 1) for (N,) timesteps."""
+        """sqrt(abar_t) and sqrt(1 - abar_t), (N, 1, 1, 1) float32 on the CPU, at timesteps (N,)."""
         abar = self.alphas_cumprod[timesteps]
         signal, noise = abar.sqrt(), (1 - abar).sqrt()
         return signal.float().view(-1, 1, 1, 1), noise.float().view(-1, 1, 1, 1)
@@ -68,19 +79,19 @@ def read_schedule(scheduler: Any) -> Schedule:
     missing = [name for name in ("beta_schedule", "prediction_type") if name not in config]
     if missing:
         raise ConfigError(
-            "Image policies need a scheduler with betas and a prediction type; got "
-            f"{kind} without {' and '.join(missing)}. Give the pipeline the scheduler that it was "
+            f"Image policies need a scheduler with betas and a prediction type; got {kind} "
+            f"without {' and '.join(missing)}. Give the pipeline the scheduler that it was "
             "trained with, such as EulerDiscreteScheduler or DDPMScheduler."
         )
     if config["prediction_type"] not in PREDICTION_TYPES:
         raise ConfigError(
             f"Image policies predict {' or '.join(PREDICTION_TYPES)}; the pipeline's {kind} says "
-            f"{config['prediction_type']!r}. Correct `prediction_type` in scheduler_config.json if the "
-            "model was trained otherwise; a model that predicts the sample is not supported."
+            f"{config['prediction_type']!r}. Correct `prediction_type` in scheduler_config.json "
+            "if the model was trained otherwise; a model that predicts the sample is not "
+            "supported."
         )
-    # Every sampler keeps the training betas in its own shape; DDPM's constructor is their plain form.
-    names = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas")
-    names += ("rescale_betas_zero_snr",)
-    betas = DDPMScheduler(**{name: config[name] for name in names if name in config}).betas
+    # Every sampler keeps the training betas in its own shape; DDPM's constructor is their plain
+    # form.
+    betas = DDPMScheduler(**{name: config[name] for name in BETAS if name in config}).betas
     alphas_cumprod = torch.cumprod(1.0 - betas.double(), dim=0)
     return Schedule(alphas_cumprod, config["prediction_type"])

@@ -81,7 +81,12 @@ def attach(model: Any, adapter: LoRA | None) -> tuple[Any, str]:
         model = PeftModel.from_pretrained(model, adapter.continue_from, is_trainable=True)
         kind = "continued"
     else:
-        config = lora_config(adapter, _targets(model, adapter), task_type="CAUSAL_LM")
+        from transformers.pytorch_utils import Conv1D
+
+        targets = _targets(model, adapter)
+        # GPT-2's Conv1D stores its weight transposed.
+        transposed = any(isinstance(module, Conv1D) for module in model.modules())
+        config = lora_config(adapter, targets, task_type="CAUSAL_LM", fan_in_fan_out=transposed)
         model = get_peft_model(model, config)
         kind = "fresh"
     for parameter in model.parameters():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -57,7 +57,14 @@ def build(
     module = TextLikelihood(model, autocast=autocast)
     if gradient_checkpointing:
         checkpoint_layers(model)
-    return TextWing(model, tokenizer, module, kind, was_training)
+    return TextWing(
+        model,
+        tokenizer,
+        module,
+        adapter=kind,
+        was_training=was_training,
+        checkpointed=gradient_checkpointing,
+    )
 
 
 class TextWing:
@@ -67,7 +74,14 @@ class TextWing:
     default_options = TextOptions()
 
     def __init__(
-        self, model: Any, tokenizer: Any, module: TextLikelihood, adapter: str, was_training: bool
+        self,
+        model: Any,
+        tokenizer: Any,
+        module: TextLikelihood,
+        *,
+        adapter: str,
+        was_training: bool,
+        checkpointed: bool,
     ) -> None:
         self.policy = model
         self.tokenizer = tokenizer
@@ -75,6 +89,7 @@ class TextWing:
         self.backend = TextBackend(module)
         self.adapter = adapter
         self.was_training = was_training
+        self.checkpointed = checkpointed
         self.chat = bool(getattr(tokenizer, "chat_template", None))
 
     def adapters_off(self) -> AbstractContextManager[None]:
@@ -153,14 +168,21 @@ class TextWing:
             "unit of the log-ratio": "nats, summed over completion tokens",
         }
 
-    def save(self, folder: Path, *, base: str | None = None) -> None:
+    def save(
+        self,
+        folder: Path,
+        *,
+        base: str | None = None,
+        weights: Mapping[str, torch.Tensor] | None = None,
+    ) -> None:
         """A model folder (`from_pretrained`) or an adapter folder (`PeftModel.from_pretrained`)."""
-        self.policy.save_pretrained(folder, safe_serialization=True)
+        given = {} if weights is None else {"state_dict": dict(weights)}
+        self.policy.save_pretrained(folder, **given)
         self.tokenizer.save_pretrained(folder)
 
     def release(self) -> None:
         """Give a model in hand back in the mode it came in."""
-        base = self.policy.get_base_model() if self.adapter != "none" else self.policy
-        if getattr(base, "is_gradient_checkpointing", False):
+        if self.checkpointed:
+            base = self.policy.get_base_model() if self.adapter != "none" else self.policy
             base.gradient_checkpointing_disable()
         self.policy.train(self.was_training)

@@ -1,7 +1,7 @@
 """Model families: everything that one kind of pipeline does in its own way.
 
-Adding a family is a file with a class like `families.sdxl.SDXL` and a line in `FAMILIES`; likelihood,
-data, adapters and saving know nothing of it.
+Adding a family is a file with a class like `families.sdxl.SDXL` and a line in `FAMILIES`;
+likelihood, data, adapters and saving know nothing of it.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Stable Diffusion XL (Podell et al. 2023, 2307.01952): two text encoders, pooled text, size conditioning."""
+"""Stable Diffusion XL (Podell et al. 2023, 2307.01952): two text encoders, sizes as conditions."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from alignkit_diffusion.families import Conditioning, Prediction
 from alignkit_diffusion.schedule import Schedule, read_schedule
 
 TIME_IDS = 6
-"""Original height, width; crop top, left; target height, width (2307.01952, sec. 2.2). The refiner has 5."""
+"""Original height, width; crop top, left; target height, width (sec. 2.2). The refiner has 5."""
 
 
 @dataclass(frozen=True)
@@ -36,8 +36,9 @@ class SDXL:
         channels, latent_channels = pipe.unet.config.in_channels, pipe.vae.config.latent_channels
         if channels != latent_channels:
             raise ConfigError(
-                f"The UNet must take the VAE's {latent_channels} latent channels; the one of {given} "
-                f"takes {channels}, as inpainting and edit models do. Use the text-to-image base."
+                f"The UNet must take the VAE's {latent_channels} latent channels; the one of "
+                f"{given} takes {channels}, as inpainting and edit models do. Use the "
+                "text-to-image base."
             )
         return cls(read_schedule(pipe.scheduler))
 
@@ -106,8 +107,8 @@ def _refuse_refiner(pipe: Any, given: str) -> None:
     fix = "Use a base such as 'stabilityai/stable-diffusion-xl-base-1.0' or a fine-tune of it."
     if config.addition_embed_type != "text_time" or not config.addition_time_embed_dim:
         raise ConfigError(
-            f"SDXL's UNet is conditioned on sizes (addition_embed_type 'text_time'); the one of {given} "
-            f"has {config.addition_embed_type!r}. {fix}"
+            "SDXL's UNet is conditioned on sizes (addition_embed_type 'text_time'); the one of "
+            f"{given} has {config.addition_embed_type!r}. {fix}"
         )
     if pipe.text_encoder is None or pipe.text_encoder_2 is None:
         raise ConfigError(
@@ -119,6 +120,6 @@ def _refuse_refiner(pipe: Any, given: str) -> None:
     time_ids = (features - pooled) / config.addition_time_embed_dim
     if time_ids != TIME_IDS:
         raise ConfigError(
-            f"SDXL's base is conditioned on {TIME_IDS} size numbers; the UNet of {given} takes {time_ids:g} "
-            f"(the refiner takes 5, with an aesthetic score). {fix}"
+            f"SDXL's base is conditioned on {TIME_IDS} size numbers; the UNet of {given} takes "
+            f"{time_ids:g} (the refiner takes 5, with an aesthetic score). {fix}"
         )

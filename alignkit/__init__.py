@@ -1,0 +1,82 @@
+"""alignkit aligns language models and SDXL pipelines with preferences.
+
+    from alignkit import align, DPO, LoRA
+
+    align("Qwen/Qwen2.5-0.5B-Instruct", DPO(beta=0.1), "pairs.jsonl", run_dir="runs/chat")
+
+Options, methods and errors are light and are here at once. What needs torch is imported on first
+use, so that `import alignkit` and the command line answer quickly.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from alignkit.errors import (
+    AlignkitError,
+    CheckpointError,
+    ConfigError,
+    DataError,
+    NonFiniteError,
+)
+from alignkit.methods import DPO, methods
+from alignkit.options import (
+    EarlyStop,
+    GenerationOptions,
+    ImageOptions,
+    LoRA,
+    TextOptions,
+    TrainerOptions,
+)
+
+if TYPE_CHECKING:
+    from alignkit.api import AlignResult, Run, align, build
+    from alignkit.cite import citations
+    from alignkit.trainer import Trainer
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "DPO",
+    "AlignResult",
+    "AlignkitError",
+    "CheckpointError",
+    "ConfigError",
+    "DataError",
+    "EarlyStop",
+    "GenerationOptions",
+    "ImageOptions",
+    "LoRA",
+    "NonFiniteError",
+    "Run",
+    "TextOptions",
+    "Trainer",
+    "TrainerOptions",
+    "align",
+    "build",
+    "citations",
+    "methods",
+]
+
+_LAZY = {
+    "AlignResult": "alignkit.api",
+    "Run": "alignkit.api",
+    "Trainer": "alignkit.trainer",
+    "align": "alignkit.api",
+    "build": "alignkit.api",
+    "citations": "alignkit.cite",
+}
+"""Name -> the module that has it, imported on first use."""
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module 'alignkit' has no attribute {name!r}")
+    value = getattr(import_module(_LAZY[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,0 +1,5 @@
+"""`python -m alignkit` is the command `alignkit`."""
+
+from alignkit.cli import main
+
+main()

@@ -1,0 +1,168 @@
+"""The README.md of `model/`: what it is, how to load it, how it was made."""
+
+from __future__ import annotations
+
+import html
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from alignkit.facts import BETA_CONVENTION, ReportFacts, duration, label, show
+
+_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+
+_TEXT_LORA = """\
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+folder = {folder}
+base = {base_model}
+model = PeftModel.from_pretrained(base, folder)
+tokenizer = AutoTokenizer.from_pretrained({tokenizer})"""
+
+_TEXT_FULL = """\
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+folder = {folder}
+model = AutoModelForCausalLM.from_pretrained(folder)
+tokenizer = AutoTokenizer.from_pretrained({tokenizer})"""
+
+_IMAGE_LORA = """\
+from diffusers import DiffusionPipeline
+
+folder = {folder}
+pipeline = {base_model}
+pipeline.load_lora_weights(folder)
+image = pipeline("a lighthouse at dawn").images[0]"""
+
+_IMAGE_FULL = """\
+from diffusers import DiffusionPipeline
+
+folder = {folder}
+pipeline = DiffusionPipeline.from_pretrained(folder)
+image = pipeline("a lighthouse at dawn").images[0]"""
+
+
+def model_card(facts: ReportFacts, *, base: str | None, modality: str, files: Iterable[str]) -> str:
+    """The README.md of the folder `model/`.
+
+    Args:
+        facts: of the run.
+        base: the model that was trained: hub name or folder; None for a model handed in.
+        modality: "text" or "image".
+        files: names of the files in `model/`. They tell an adapter (`adapter_config.json`,
+            `pytorch_lora_weights.safetensors`) from a full model, and a kohya-style file beside it.
+    """
+    names = sorted(files)
+    adapter = {"adapter_config.json", "pytorch_lora_weights.safetensors"} & set(names)
+    library = "diffusers" if modality == "image" else "peft" if adapter else "transformers"
+    front = _front_matter(facts, base, modality, library, bool(adapter))
+    kohya = [name for name in names if name.endswith(".safetensors") and "kohya" in name]
+    parts = [
+        f"---\n{front}---",
+        f"# {_line(facts.title)}",
+        f"{'An adapter for' if adapter else 'Trained from'} {_base_words(base)}, aligned with "
+        "preferences by alignkit.",
+        "## Load it",
+        f"```python\n{_loading_code(facts, base, modality, names, bool(adapter))}\n```",
+    ]
+    if kohya:
+        listed = ", ".join(f"`{_line(name)}`" for name in kohya)
+        parts.append(f"For programs that read kohya-style LoRA files, take {listed}.")
+    parts += ["## How it was trained", _facts_table(facts)]
+    if facts.evaluation:
+        parts += ["## Evaluation", _evaluation_table(facts)]
+    parts += ["## Intended use and limits", _limits(modality)]
+    if facts.citations:
+        entries = "\n\n".join(_fenced(entry) for entry in facts.citations)
+        parts += ["## Citations", f"```bibtex\n{entries}\n```"]
+    return "\n\n".join(parts) + "\n"
+
+
+def _front_matter(
+    facts: ReportFacts, base: str | None, modality: str, library: str, adapter: bool
+) -> str:
+    method = facts.method.get("name")
+    tags = ["alignkit", *([str(method)] if method else []), *(["lora"] if adapter else [])]
+    front: dict[str, Any] = {"library_name": library}
+    if base is not None and _HUB_NAME.fullmatch(base) and not Path(base).exists():
+        front["base_model"] = base
+    front["pipeline_tag"] = "text-to-image" if modality == "image" else "text-generation"
+    front["tags"] = tags
+    return yaml.safe_dump(front, sort_keys=False, allow_unicode=True)
+
+
+def _loading_code(
+    facts: ReportFacts, base: str | None, modality: str, names: list[str], adapter: bool
+) -> str:
+    folder = f"{facts.run_dir.rstrip('/')}/model" if facts.run_dir else "model"
+    loader = "DiffusionPipeline" if modality == "image" else "AutoModelForCausalLM"
+    given = "...  # the model that was trained"
+    template = {
+        ("text", True): _TEXT_LORA,
+        ("text", False): _TEXT_FULL,
+        ("image", True): _IMAGE_LORA,
+        ("image", False): _IMAGE_FULL,
+    }[modality, adapter]
+    return template.format(
+        folder=f"{folder!r}  # this folder, or its name on the hub",
+        base_model=given if base is None else f"{loader}.from_pretrained({base!r})",
+        tokenizer="folder" if base is None or _has_tokenizer(names) else repr(base),
+    )
+
+
+def _has_tokenizer(names: list[str]) -> bool:
+    return any(name.startswith("tokenizer") for name in names)
+
+
+def _base_words(base: str | None) -> str:
+    return "a model handed in by its owner" if base is None else f"`{_line(base)}`"
+
+
+def _facts_table(facts: ReportFacts) -> str:
+    method = dict(facts.method)
+    convention = method.pop("beta_convention", None) or BETA_CONVENTION[facts.modality]
+    rows: dict[str, str] = {}
+    for prefix, mapping in (("", method), ("policy: ", facts.policy), ("data: ", facts.data)):
+        rows |= {prefix + label(key): show(value) for key, value in mapping.items()}
+    if method.get("beta"):
+        rows["beta"] += f" ({convention})"
+    if facts.seconds is not None:
+        rows["time"] = duration(facts.seconds)
+    return _table(("", ""), rows)
+
+
+def _evaluation_table(facts: ReportFacts) -> str:
+    rows = {row.measure: f"{row} {row.verdict}".strip() for row in facts.evaluation}
+    return _table(("measure", "value [95 % interval]"), rows)
+
+
+def _table(head: tuple[str, str], rows: Mapping[str, str]) -> str:
+    lines = [f"| {head[0]} | {head[1]} |", "|---|---|"]
+    lines += [f"| {_cell(name)} | {_cell(value)} |" for name, value in rows.items()]
+    return "\n".join(lines)
+
+
+def _limits(modality: str) -> str:
+    what = "pictures" if modality == "image" else "answers"
+    return (
+        f"The model is meant to give {what} like those that its preference data preferred, with "
+        "the biases of that data and of its base model, whose licence and limits go on to apply. "
+        "It was not tested for safety beyond what stands above; judge it on your own prompts first."
+    )
+
+
+def _line(text: str) -> str:
+    """Text from outside in one line of Markdown, without HTML and without an end of code."""
+    return html.escape(" ".join(str(text).split()), quote=False).replace("`", "'")
+
+
+def _cell(text: str) -> str:
+    return _line(text).replace("|", "\\|")
+
+
+def _fenced(text: str) -> str:
+    return text.strip().replace("```", "'''")

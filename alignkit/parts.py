@@ -1,0 +1,216 @@
+"""From options to parts: which wing, which reference, which objective, with which numbers filled in."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from alignkit.config import RunConfig
+from alignkit.errors import ConfigError
+from alignkit.losses import PREFERENCE_LOSSES, PairLoss
+from alignkit.methods import DPO
+from alignkit.objectives.preference import PreferenceObjective
+from alignkit.protocols import Reference, Wing
+from alignkit.reference import AdapterOff, FrozenAdapter, FrozenModel, NoReference
+from alignkit.runtime import Runtime, pick_precision
+
+MODALITIES = {"text": "alignkit.text", "image": "alignkit_diffusion"}
+"""Modality -> the package of its wing. A new modality is one line here."""
+
+LEARNING_RATES = {
+    # Full: the DPO default of TRL; LoRA: the middle of the 5e-6 .. 5e-5 in common use.
+    ("text", False): 1e-6,
+    ("text", True): 1e-5,
+    # LoRA: between diffusers' recipe and the launcher of Wallace et al.; full: starting point for
+    # batches around 64 (that launcher's 2.05e-5 belongs to batches of 2048).
+    ("image", False): 2e-6,
+    ("image", True): 1e-5,
+}
+"""(modality, with adapter) -> DPO's default peak learning rate."""
+
+
+def modality_of(policy: Any) -> str:
+    """ "text" or "image", told by the object's class or by the files of the folder or repository.
+
+    Raises:
+        ConfigError: if it is neither a language model nor a diffusers pipeline.
+    """
+    if isinstance(policy, (tuple, list)):
+        return "text"
+    if not isinstance(policy, (str, Path)):
+        names = {cls.__name__ for cls in type(policy).__mro__}
+        if "DiffusionPipeline" in names:
+            return "image"
+        if "PreTrainedModel" in names or "PeftModel" in names:
+            raise ConfigError(
+                f"A language model in hand comes with its tokenizer: policy=({type(policy).__name__}"
+                "(...), tokenizer)."
+            )
+        raise ConfigError(
+            "policy must be a folder, a hub name, (model, tokenizer), or a DiffusionPipeline; got "
+            f"{type(policy).__name__}."
+        )
+    has_file = _local_file if Path(policy).exists() else _hub_file
+    if has_file(str(policy), "model_index.json"):
+        return "image"
+    if has_file(str(policy), "config.json") or has_file(str(policy), "adapter_config.json"):
+        return "text"
+    raise ConfigError(_neither(str(policy)))
+
+
+def _local_file(folder: str, name: str) -> bool:
+    return (Path(folder) / name).is_file()
+
+
+def _hub_file(repository: str, name: str) -> bool:
+    """Whether a hub repository has the file; a cached copy is enough."""
+    from huggingface_hub import file_exists, try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        if isinstance(try_to_load_from_cache(repository, name), str):
+            return True
+        return file_exists(repository, name)
+    except HFValidationError as error:
+        raise ConfigError(
+            f"policy={repository!r} is no folder here and no hub name (owner/name). Check the path."
+        ) from error
+    except OSError as error:
+        raise ConfigError(
+            f"policy={repository!r} is no folder here, and the hub could not be asked: {error}. "
+            "Give a local folder, or go online once so that it is cached."
+        ) from error
+
+
+def _neither(policy: str) -> str:
+    path = Path(policy)
+    if (path / "pytorch_lora_weights.safetensors").exists():
+        return (
+            f"{policy} is a LoRA of a diffusers pipeline, without its base. Give the base as policy and "
+            f"adapter=LoRA(continue_from={policy!r})."
+        )
+    fix = f" Did you mean {str(path / 'model')!r}?" if (path / "model").is_dir() else ""
+    return (
+        "A policy is a language model (config.json) or a diffusers pipeline (model_index.json); "
+        f"{policy!r} has neither file.{fix}"
+    )
+
+
+def build_wing(config: RunConfig, modality: str, runtime: Runtime) -> Wing:
+    """The policy, loaded and marked for training."""
+    checkpointing = config.trainer.gradient_checkpointing
+    wing: Wing = import_module(MODALITIES[modality]).build(
+        config.policy,
+        adapter=config.adapter,
+        device=runtime.device,
+        precision=pick_precision(config.trainer.precision),
+        # Off on a CPU, where memory is plenty and time is not.
+        gradient_checkpointing=runtime.device.type == "cuda"
+        if checkpointing == "auto"
+        else checkpointing,
+        seed=config.seed,
+    )
+    if config.trainer.compile:
+        # Block by block and in place: names of parameters stay, and one graph serves all blocks.
+        for unit in wing.backend.module.shard_units():  # type: ignore[operator]
+            unit.compile()
+    return wing
+
+
+def reference_kind(config: RunConfig, wing: Wing, needs_reference: bool) -> str:
+    """What `reference="auto"` means here: "adapter_off", "frozen_adapter", "frozen", "none" ..."""
+    wanted = config.reference
+    if not needs_reference:
+        if wanted not in ("auto", "none"):
+            raise ConfigError(
+                f"This loss has no reference, and reference={wanted!r} asks for one. Leave it out."
+            )
+        return "none"
+    if wanted == "none":
+        raise ConfigError('This loss needs a reference; reference="none" leaves it without.')
+    if wanted == "adapter_off" and wing.adapter == "none":
+        raise ConfigError(
+            'reference="adapter_off" needs an adapter on the policy, and there is none. Give '
+            'adapter=LoRA(...), or reference="frozen".'
+        )
+    if wanted not in ("auto", "frozen", "adapter_off"):
+        return "model"
+    if wanted == "adapter_off" or (wanted == "auto" and wing.adapter == "fresh"):
+        return "adapter_off"
+    # A continued adapter is the start: only its own tensors need a copy.
+    return "frozen_adapter" if wing.adapter == "continued" else "frozen"
+
+
+def build_reference(kind: str, config: RunConfig, wing: Wing, runtime: Runtime) -> Reference:
+    """A snapshot of the model handed in; taken before anything is wrapped or trained."""
+    if kind == "none":
+        return NoReference()
+    if kind == "adapter_off":
+        return AdapterOff(wing.backend, wing.adapters_off)
+    if kind == "frozen_adapter":
+        return FrozenAdapter(wing.backend)
+    if kind == "frozen":
+        return FrozenModel.copy_of(wing.backend.module)
+    if modality_of(config.reference) != wing.modality:
+        raise ConfigError(
+            f"The reference must be of the policy's modality ({wing.modality}); got "
+            f"{config.reference!r}."
+        )
+    other: Wing = import_module(MODALITIES[wing.modality]).build(
+        config.reference,
+        adapter=None,
+        device=runtime.device,
+        precision=pick_precision(config.trainer.precision),
+        gradient_checkpointing=False,
+        seed=config.seed,
+    )
+    return FrozenModel(other.backend.module)
+
+
+def loss_of(method: DPO, modality: str) -> tuple[Callable[..., Any], float, PairLoss | None]:
+    """(loss with its keywords bound, beta, its table row or None for the user's own function)."""
+    if not isinstance(method.loss, str):
+        beta = method.beta if method.beta is not None else _default_beta("sigmoid", modality)
+        row = method.loss if isinstance(method.loss, PairLoss) else None
+        return partial(method.loss, **method.keywords), beta, row
+    row = PREFERENCE_LOSSES[method.loss]
+    beta = method.beta if method.beta is not None else _default_beta(method.loss, modality)
+    return partial(row, **method.keywords), beta, row
+
+
+def _default_beta(loss: str, modality: str) -> float:
+    return PREFERENCE_LOSSES[loss].defaults[modality]["beta"]
+
+
+def build_objective(
+    config: RunConfig, wing: Wing, runtime: Runtime
+) -> tuple[PreferenceObjective, dict[str, Any]]:
+    """The objective, and the numbers that were filled in."""
+    loss, beta, row = loss_of(config.method, wing.modality)
+    kind = reference_kind(config, wing, row.needs_reference if row else True)
+    objective = PreferenceObjective(
+        wing.backend,
+        build_reference(kind, config, wing, runtime),
+        loss,
+        beta=beta,
+        seed=config.seed,
+        budget=config.trainer.micro_batch,
+    )
+    rate = config.trainer.learning_rate
+    if rate is None:
+        rate = LEARNING_RATES[wing.modality, wing.adapter != "none"]
+    resolved = {
+        "modality": wing.modality,
+        "beta": beta,
+        "learning_rate": rate,
+        "reference": kind,
+        "precision": pick_precision(config.trainer.precision),
+        "device": str(torch.device(runtime.device)),
+        "processes": runtime.size,
+    }
+    return objective, resolved

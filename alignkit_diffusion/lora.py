@@ -1,0 +1,227 @@
+"""Low-rank adapters on the UNet: which layers, fresh or continued, and the files on disk."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from alignkit.adapters import lora_config
+from alignkit.errors import ConfigError, nearest
+from alignkit.options import LoRA
+
+ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
+FEED_FORWARD = ("ff.net.0.proj", "ff.net.2")
+PRESETS = {"attention": ATTENTION, "attention+ff": ATTENTION + FEED_FORWARD}
+BLOCKS = ("down_blocks.", "mid_block.", "up_blocks.")
+NAME = "default"
+DIFFUSERS_FILE = "pytorch_lora_weights.safetensors"
+KOHYA_FILE = "pytorch_lora_weights_kohya.safetensors"
+PEFT_FILE = "adapter_model.safetensors"
+
+
+def resolve_targets(unet: nn.Module, targets: str | Sequence[str]) -> list[str]:
+    """The full names of the layers that `LoRA.targets` means.
+
+    Args:
+        unet: the denoiser.
+        targets: "auto" and "attention+ff" (projections of attention and feed-forward), "attention",
+            "all" (every linear and convolution layer of the blocks), or endings of layer names.
+
+    Raises:
+        ConfigError: a name matches no linear or convolution layer.
+    """
+    layers = [n for n, m in unet.named_modules() if isinstance(m, nn.Linear | nn.Conv2d)]
+    if targets == "all":
+        return [name for name in layers if name.startswith(BLOCKS)]
+    if isinstance(targets, str):
+        endings = PRESETS["attention+ff"] if targets == "auto" else PRESETS.get(targets, (targets,))
+    else:
+        endings = tuple(targets)
+    for ending in endings:
+        if not any(_ends(name, ending) for name in layers):
+            # Endings of one to three parts, which is how people write them.
+            parts = [name.split(".") for name in layers]
+            known = {".".join(p[-k:]) for p in parts for k in (1, 2, 3)} | {*PRESETS, "auto", "all"}
+            raise ConfigError(
+                "adapter.targets are 'auto', 'attention', 'attention+ff', 'all' or endings of "
+                f"names of linear or convolution layers; {ending!r} matches none of this "
+                f"UNet.{nearest(ending, known)}"
+            )
+    return [name for name in layers if any(_ends(name, ending) for ending in endings)]
+
+
+def _ends(name: str, ending: str) -> bool:
+    return name == ending or name.endswith(f".{ending}")
+
+
+def add_adapter(unet: Any, adapter: LoRA, *, seed: int) -> None:
+    """Add a fresh adapter, which changes nothing yet: B is zero.
+
+    Raises:
+        ConfigError: a target matches no layer.
+    """
+    targets = resolve_targets(unet, adapter.targets)
+    config = lora_config(adapter, targets, init_lora_weights="gaussian")
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        unet.add_adapter(config, adapter_name=NAME)
+
+
+def continue_adapter(unet: Any, folder: str) -> None:
+    """Load an adapter as *the* adapter of `unet`; rank, alpha and targets are the folder's.
+
+    Args:
+        unet: without an adapter.
+        folder: in diffusers' layout (`pytorch_lora_weights.safetensors`, or a kohya-style file) or
+            in peft's (`adapter_config.json` and `adapter_model.safetensors`).
+
+    Raises:
+        ConfigError: the folder holds no such adapter, or one that does not fit.
+    """
+    path = Path(folder).expanduser()
+    if (path / "adapter_config.json").is_file() and (path / PEFT_FILE).is_file():
+        _continue_peft(unet, path)
+    else:
+        file = _adapter_file(path)
+        _continue_diffusers(unet, file)
+
+
+def _adapter_file(path: Path) -> Path:
+    if path.is_file() and path.suffix == ".safetensors":
+        return path
+    named = path / DIFFUSERS_FILE
+    if named.is_file():
+        return named
+    files = sorted(path.glob("*.safetensors")) if path.is_dir() else []
+    if len(files) != 1:
+        found = ", ".join(file.name for file in files) or "no .safetensors file"
+        raise ConfigError(
+            f"adapter.continue_from is a folder with {DIFFUSERS_FILE}, or with "
+            f"adapter_config.json and {PEFT_FILE}; {path} has "
+            f"{found if path.exists() else 'no file: it does not exist'}."
+        )
+    return files[0]
+
+
+def _continue_diffusers(unet: Any, file: Path) -> None:
+    from diffusers import StableDiffusionXLPipeline
+
+    state, alphas, metadata = StableDiffusionXLPipeline.lora_state_dict(
+        str(file.parent),
+        weight_name=file.name,
+        unet_config=unet.config,
+        use_safetensors=True,
+        return_lora_metadata=True,
+    )
+    others = sorted({key.split(".")[0] for key in state} - {"unet"})
+    if others or not state:
+        raise ConfigError(
+            f"adapter.continue_from goes on with an adapter of the UNet alone; {file} also adapts "
+            f"{', '.join(others) or 'nothing'}. Text encoders are never trained here: fuse that "
+            "adapter into the pipeline (pipe.load_lora_weights, pipe.fuse_lora) and train a "
+            "fresh one."
+        )
+    try:
+        unet.load_lora_adapter(
+            state, prefix="unet", network_alphas=alphas, metadata=metadata, adapter_name=NAME
+        )
+    except (ValueError, RuntimeError, KeyError) as error:
+        raise ConfigError(f"The adapter {file} does not fit this UNet: {error}") from error
+
+
+def _continue_peft(unet: Any, path: Path) -> None:
+    from peft import PeftConfig, set_peft_model_state_dict
+
+    config = PeftConfig.from_pretrained(str(path))
+    state = {
+        key.removeprefix("base_model.model."): value
+        for key, value in load_file(path / PEFT_FILE).items()
+    }
+    try:
+        unet.add_adapter(config, adapter_name=NAME)
+        outcome = set_peft_model_state_dict(unet, state, NAME)
+    except (ValueError, RuntimeError, KeyError) as error:
+        raise ConfigError(f"The adapter in {path} does not fit this UNet: {error}") from error
+    # Base weights are "missing" from every adapter file; adapter weights must not be.
+    missing = [key for key in outcome.missing_keys if ".lora_" in key]
+    if missing or outcome.unexpected_keys:
+        odd = [*missing, *outcome.unexpected_keys]
+        raise ConfigError(
+            f"The adapter in {path} does not fit this UNet: {len(odd)} tensors, such as "
+            f"{odd[0]!r}, have no counterpart."
+        )
+
+
+def adapter_name(unet: Any) -> str | None:
+    """The one adapter that a UNet carries, or None.
+
+    Raises:
+        ConfigError: it carries several.
+    """
+    names = list(getattr(unet, "peft_config", None) or {})
+    if len(names) > 1:
+        raise ConfigError(
+            f"The UNet must carry at most one adapter; it has {', '.join(names)}. Fuse them "
+            "first: pipe.fuse_lora(); pipe.unload_lora_weights()."
+        )
+    return names[0] if names else None
+
+
+def train_only_adapter(unet: nn.Module) -> None:
+    """Freeze the base and make the adapter trainable, in float32."""
+    for name, parameter in unet.named_parameters():
+        trains = ".lora_" in name
+        if trains:
+            parameter.data = parameter.data.float()
+        parameter.requires_grad_(trains)
+
+
+def save_adapter(unet: Any, folder: Path, name: str, base: str | None) -> None:
+    """Write `pytorch_lora_weights.safetensors` (diffusers) and a kohya-style file beside it.
+
+    Both reproduce the adapter through `pipeline.load_lora_weights`. The kohya layout has no DoRA
+    that diffusers would read back, so such an adapter has the diffusers file alone.
+    """
+    from diffusers import StableDiffusionXLPipeline
+    from peft import get_peft_model_state_dict
+
+    state = {
+        k: v.detach().cpu() for k, v in get_peft_model_state_dict(unet, adapter_name=name).items()
+    }
+    config = unet.peft_config[name]
+    # The file's metadata carries alpha, without which a loader takes alpha = rank.
+    metadata = {
+        key: sorted(value) if isinstance(value, set) else value
+        for key, value in config.to_dict().items()
+    }
+    if base is not None:
+        metadata["base_model_name_or_path"] = base
+    StableDiffusionXLPipeline.save_lora_weights(
+        folder, unet_lora_layers=state, unet_lora_adapter_metadata=metadata
+    )
+    if not config.use_dora:
+        save_file(kohya_state(unet, name), folder / KOHYA_FILE, metadata={"format": "pt"})
+
+
+def kohya_state(unet: nn.Module, name: str) -> dict[str, torch.Tensor]:
+    """The adapter under kohya's names: lora_unet_<layer>.lora_down.weight, .lora_up.weight, .alpha.
+
+    Its readers scale by alpha / rank, whatever the kind was; so alpha here is scale times rank.
+    """
+    from peft.tuners.lora import LoraLayer
+
+    state = {}
+    for layer_name, layer in unet.named_modules():
+        if not isinstance(layer, LoraLayer) or name not in layer.lora_A:
+            continue
+        prefix = "lora_unet_" + layer_name.replace(".", "_")
+        down, up = layer.lora_A[name].weight, layer.lora_B[name].weight
+        state[f"{prefix}.lora_down.weight"] = down.detach().cpu().contiguous()
+        state[f"{prefix}.lora_up.weight"] = up.detach().cpu().contiguous()
+        state[f"{prefix}.alpha"] = torch.tensor(float(layer.scaling[name] * layer.r[name]))
+    return state

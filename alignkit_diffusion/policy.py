@@ -1,0 +1,119 @@
+"""The policy: a diffusers pipeline from a folder, the hub, or the caller's hands."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from alignkit.errors import ConfigError, refuse_unknown
+from alignkit_diffusion.families import Family, check_class, family_of
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Policy:
+    """A pipeline ready to be given an adapter or to be trained whole.
+
+    Attributes:
+        pipe: the pipeline; its UNet is on the device, everything else where it was.
+        vae: the pipeline's VAE in the best precision there is.
+        family: how its UNet is conditioned and what it predicts.
+        name: the folder or hub name, or None for a pipeline in memory.
+    """
+
+    pipe: Any
+    vae: Any
+    family: Family
+    name: str | None
+
+
+def load_policy(policy: Any, *, precision: str, whole: bool, device: torch.device) -> Policy:
+    """Load or adopt a pipeline and put its UNet on `device`.
+
+    Args:
+        policy: a diffusers folder, a hub name, or a `DiffusionPipeline`.
+        precision: "fp32", "bf16" or "fp16". What is loaded frozen is kept in it. Weights in hand
+            keep their dtype, unless they are trained or computed with in float32.
+        whole: the UNet itself is trained, and so has float32 master values.
+        device: of the UNet.
+
+    Raises:
+        ConfigError: there is no such pipeline, it cannot be loaded from safetensors files, or no
+            family serves it.
+    """
+    refuse_unknown("precision", precision, DTYPES)
+    dtype = torch.float32 if whole else DTYPES[precision]
+    if isinstance(policy, str | Path):
+        pipe, vae = _load(str(policy), dtype)
+        name: str | None = str(policy)
+    else:
+        pipe, vae, name = policy, getattr(policy, "vae", None), None
+    given = f"the pipeline {name!r}" if name else "the pipeline in memory"
+    family = family_of(pipe, given)
+    if name is None:
+        _adopt(pipe, to_float32=dtype == torch.float32)
+    pipe.unet.to(device)
+    return Policy(pipe, vae, family, name)
+
+
+def _load(name: str, dtype: torch.dtype) -> tuple[Any, Any]:
+    from diffusers import DiffusionPipeline
+
+    try:
+        # A few hundred bytes say what the pipeline is, before gigabytes are fetched.
+        index = DiffusionPipeline.load_config(name)
+    except Exception as error:  # the hub client, the network and the file system all raise here
+        raise ConfigError(
+            "An image policy is a diffusers folder (with model_index.json), a hub name, or a "
+            f"pipeline in memory; {name!r} could not be read as one: {error}"
+        ) from error
+    check_class(str(index.get("_class_name")), repr(name))
+    try:
+        pipe = DiffusionPipeline.from_pretrained(
+            name, torch_dtype={"vae": torch.float32, "default": dtype}, use_safetensors=True
+        )
+    except Exception as error:  # missing and broken weights have no common class
+        raise ConfigError(
+            f"The pipeline {name!r} must load from .safetensors files: {error}"
+        ) from error
+    vae = pipe.vae
+    if dtype != torch.float32:
+        # Users call the pipeline without autocast, so all of it has one dtype.
+        pipe.vae = nn.Module.to(copy.deepcopy(vae), dtype)
+    for part in pipe.components.values():
+        if isinstance(part, nn.Module):
+            part.requires_grad_(False)
+    return pipe, vae
+
+
+def _adopt(pipe: Any, *, to_float32: bool) -> None:
+    unet = pipe.unet
+    if any(hasattr(module, "_hf_hook") for module in (unet, pipe.vae, pipe.text_encoder)):
+        raise ConfigError(
+            "A pipeline in memory must be free of offloading hooks, which move weights during "
+            "training; this one has them. Call pipe.remove_all_hooks() first."
+        )
+    if to_float32 and any(p.dtype != torch.float32 for p in unet.parameters()):
+        nn.Module.to(unet, torch.float32)  # diffusers' own `to` warns of every cast
+
+
+def factor_of(pipe: Any, autoencoder_factor: int) -> int:
+    """What heights and widths in pixels must be multiples of.
+
+    The VAE halves `autoencoder_factor`, and the UNet once per level but the last; sides that do not
+    divide would be padded inside, which the likelihood does not expect.
+    """
+    return autoencoder_factor * 2 ** (len(pipe.unet.config.block_out_channels) - 1)
+
+
+def native_size(pipe: Any, autoencoder_factor: int) -> tuple[int, int]:
+    """(height, width) in pixels that the UNet was trained for."""
+    size = pipe.unet.config.sample_size
+    height, width = size if isinstance(size, list | tuple) else (size, size)
+    return height * autoencoder_factor, width * autoencoder_factor

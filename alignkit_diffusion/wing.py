@@ -1,0 +1,230 @@
+"""The image wing's entry: `build` loads a pipeline and hands over its parts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from alignkit.adapters import adapters_off
+from alignkit.errors import ConfigError
+from alignkit.options import GenerationOptions, ImageOptions, LoRA
+from alignkit_diffusion import lora
+from alignkit_diffusion.autoencoder import Autoencoder
+from alignkit_diffusion.data import ImagePairs, distinct_prompts, prepare_pairs
+from alignkit_diffusion.generation import sample_images
+from alignkit_diffusion.likelihood import DenoisingLikelihood, ImageBackend
+from alignkit_diffusion.memory import MemoryModel
+from alignkit_diffusion.pairs import check_kind
+from alignkit_diffusion.policy import Policy, factor_of, load_policy, native_size
+
+UNIT = "half the mean squared denoising error per latent element, at a shared timestep and noise"
+
+
+def build(
+    policy: Any,
+    *,
+    adapter: LoRA | None,
+    device: Any,
+    precision: str,
+    gradient_checkpointing: bool | str,
+    seed: int,
+) -> ImageWing:
+    """Load an SDXL pipeline and make its UNet, or an adapter on it, trainable.
+
+    Args:
+        policy: a diffusers folder, a hub name, or a `DiffusionPipeline` in memory, whose UNet is
+            trained in place. One that carries an adapter goes on with it when `adapter` is None.
+        adapter: a fresh or continued LoRA on the UNet; None trains the whole UNet in float32.
+        device: where the UNet is trained.
+        precision: "fp32", "bf16" or "fp16": what frozen weights are loaded in and the UNet computes
+            in.
+        gradient_checkpointing: "auto" turns it on where one pair at the native size would not fit.
+        seed: of the adapter's start.
+
+    Raises:
+        ConfigError: the pipeline, the adapter's targets or folder, or the precision cannot be used.
+    """
+    device = torch.device(device)
+    if adapter is not None:
+        state = "continued" if adapter.continue_from else "fresh"
+    else:
+        carried = lora.adapter_name(getattr(policy, "unet", None))
+        state = "none" if carried is None else "continued"
+    whole = state == "none"
+    loaded = load_policy(policy, precision=precision, whole=whole, device=device)
+    unet = loaded.pipe.unet
+    if adapter is not None:
+        _give_adapter(unet, adapter, seed)
+    if whole:
+        unet.requires_grad_(True)
+    else:
+        lora.train_only_adapter(unet)
+    return ImageWing(
+        loaded,
+        adapter=state,
+        device=device,
+        precision=precision,
+        gradient_checkpointing=gradient_checkpointing,
+    )
+
+
+def _give_adapter(unet: Any, adapter: LoRA, seed: int) -> None:
+    present = lora.adapter_name(unet)
+    if present is not None:
+        raise ConfigError(
+            f"A new adapter needs a UNet without one; the pipeline in memory carries {present!r}. "
+            "To go on training that one, give no adapter; to train a new one on top of it, fuse "
+            "it first: pipe.fuse_lora(); pipe.unload_lora_weights()."
+        )
+    if adapter.continue_from:
+        lora.continue_adapter(unet, adapter.continue_from)
+    else:
+        lora.add_adapter(unet, adapter, seed=seed)
+
+
+class ImageWing:
+    """The parts of an image run: the `Wing` of this package.
+
+    Attributes:
+        backend: evaluates images.
+        policy: the pipeline.
+        adapter: "none", "fresh" or "continued".
+        default_options: `ImageOptions` at the size that the UNet was trained for.
+    """
+
+    modality = "image"
+    tokenizer = None
+
+    def __init__(
+        self,
+        loaded: Policy,
+        *,
+        adapter: str,
+        device: torch.device,
+        precision: str,
+        gradient_checkpointing: bool | str,
+    ) -> None:
+        self.policy = loaded.pipe
+        self.adapter = adapter
+        self.device = device
+        self.precision = precision
+        self._family = loaded.family
+        self._autoencoder = Autoencoder(loaded.vae, device)
+        factor = self._autoencoder.factor
+        self._unit = factor_of(loaded.pipe, factor)
+        side = min(native_size(loaded.pipe, factor))
+        self.default_options = ImageOptions(resolution=side)
+        self._module, self.backend = self._likelihood(side // factor, gradient_checkpointing)
+
+    def _likelihood(
+        self, side: int, checkpointing: bool | str
+    ) -> tuple[DenoisingLikelihood, ImageBackend]:
+        unet = self.policy.unet
+        memory = MemoryModel.of(
+            unet, device=self.device, precision=self.precision, checkpointing=False
+        )
+        if checkpointing == "auto":
+            pair = 2 * unet.config.in_channels * side * side
+            checkpointing = self.device.type == "cuda" and not memory.fits(pair)
+        module = DenoisingLikelihood(
+            unet,
+            self._family,
+            precision=self.precision,
+            gradient_checkpointing=bool(checkpointing),
+        )
+        memory = memory.checkpointed() if checkpointing else memory
+        return module, ImageBackend(module, self._family, memory)
+
+    def adapters_off(self) -> AbstractContextManager[None]:
+        """A context in which the UNet computes without its adapter; for no-grad forwards."""
+        return adapters_off(self.policy.unet)
+
+    def examples(
+        self, data: Any, options: ImageOptions | None, *, kind: str, seed: int
+    ) -> ImagePairs:
+        """Read, check and encode image pairs; see `data.prepare_pairs`.
+
+        Args:
+            data: a file, folder, hub name, dataset or list of rows; columns as in `pairs.PLAIN` or
+                `pairs.PICK_A_PIC`.
+            options: None takes the wing's default.
+            kind: "pairs".
+            seed: of augmentation.
+
+        Raises:
+            ConfigError: `kind` or the resolution is impossible.
+            DataError: the data is missing, or a row is bad and the options do not say "skip".
+        """
+        options = self._checked(options)
+        check_kind(kind)
+        return prepare_pairs(
+            data,
+            options,
+            pipe=self.policy,
+            family=self._family,
+            autoencoder=self._autoencoder,
+            device=self.device,
+            seed=seed,
+        )
+
+    def prompts(self, data: Any, options: ImageOptions | None, limit: int) -> list[str]:
+        """The first `limit` distinct prompts of the data."""
+        return distinct_prompts(data, self._checked(options), limit)
+
+    def sample(self, prompts: Sequence[str], options: GenerationOptions, *, seed: int) -> list[Any]:
+        """One PIL image per prompt, keyed by (seed, its place); see `generation.sample_images`."""
+        return sample_images(
+            self.policy,
+            self._autoencoder,
+            prompts,
+            options,
+            seed=seed,
+            device=self.device,
+            precision=self.precision,
+        )
+
+    def describe(self) -> dict[str, Any]:
+        """Facts for the report; counts are of parameters, of the UNet alone."""
+        parameters = list(self.policy.unet.parameters())
+        return {
+            "class": type(self.policy).__name__,
+            "parameters": sum(p.numel() for p in parameters),
+            "trained_parameters": sum(p.numel() for p in parameters if p.requires_grad),
+            "dtype": str(parameters[0].dtype).removeprefix("torch."),
+            "precision": self.precision,
+            "adapter": self.adapter,
+            "gradient_checkpointing": self._module.gradient_checkpointing,
+            "resolution": self.default_options.resolution,
+            "log_ratio_unit": UNIT,
+            **self._family.describe(),
+        }
+
+    def save(self, folder: Path, *, base: str | None) -> None:
+        """Write the adapter (diffusers' layout, kohya's beside it), or the whole pipeline folder.
+
+        Args:
+            folder: made if it is not there.
+            base: the name that the adapter's metadata names as its base.
+        """
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        name = lora.adapter_name(self.policy.unet)
+        if name is None:
+            self.policy.save_pretrained(folder, safe_serialization=True)
+        else:
+            lora.save_adapter(self.policy.unet, folder, name, base)
+
+    def _checked(self, options: ImageOptions | None) -> ImageOptions:
+        options = self.default_options if options is None else options
+        if options.resolution % self._unit:
+            nearest = max(self._unit, round(options.resolution / self._unit) * self._unit)
+            raise ConfigError(
+                f"data_options.resolution must be a multiple of {self._unit} pixels for this "
+                f"pipeline (VAE times UNet levels); got {options.resolution}. Take {nearest}; "
+                f"this UNet was trained for {self.default_options.resolution}."
+            )
+        return options
