@@ -19,7 +19,7 @@ def lora_config(adapter: LoRA, targets: Sequence[str] | str, **extra: Any) -> An
     return LoraConfig(
         r=adapter.rank,
         # peft types alpha as an int; a float is what the formula needs and what it computes with.
-        lora_alpha=int(alpha) if float(alpha).is_integer() else alpha,  # type: ignore[arg-type]
+        lora_alpha=int(alpha) if float(alpha).is_integer() else alpha,
         lora_dropout=adapter.dropout,
         target_modules=targets if isinstance(targets, str) else list(targets),
         use_dora=adapter.kind == "dora",

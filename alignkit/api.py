@@ -1,8 +1,8 @@
 """`align()`: one call for every method and modality.
 
-    run = build(...)
-    for record in run.steps(): ...
-    return run.finish()
+run = build(...)
+for record in run.steps(): ...
+return run.finish()
 """
 
 from __future__ import annotations
@@ -110,19 +110,25 @@ def align(
 def build(policy: Any, method: DPO | None = None, data: Any = None, **arguments: Any) -> Run:
     """The run of the same arguments as `align`, loaded and ready, with its loop in the caller's hands.
 
-        run = build(policy, DPO(), data)
-        for record in run.steps():
-            if record.metrics.get("rewards/accuracies", 0) > 0.9:
-                break
-        result = run.finish()
+    run = build(policy, DPO(), data)
+    for record in run.steps():
+        if record.metrics.get("rewards/accuracies", 0) > 0.9:
+            break
+    result = run.finish()
     """
     given = {key: value for key, value in arguments.items() if value is not None}
     if method is None and data is None and _is_config(policy):
-        if set(given) - {"resume", "seed"} or given.get("seed") or given.get("resume", "auto") != "auto":
+        if (
+            set(given) - {"resume", "seed"}
+            or given.get("seed")
+            or given.get("resume", "auto") != "auto"
+        ):
             _refuse_beside_file(given)
         return _build(from_file(policy))
     if method is None:
-        raise ConfigError("align() must be told what to do; give a method, such as align(policy, DPO(), data).")
+        raise ConfigError(
+            "align() must be told what to do; give a method, such as align(policy, DPO(), data)."
+        )
     return _build(RunConfig(policy, method, data, **given))
 
 
@@ -311,7 +317,9 @@ def _facts(
 
 def _banner(config: RunConfig, resolved: Mapping[str, Any]) -> str:
     """The numbers that decide a run, filled-in defaults included, in one line."""
-    shown = {key: resolved[key] for key in ("modality", "beta", "learning_rate", "reference", "steps")}
+    shown = {
+        key: resolved[key] for key in ("modality", "beta", "learning_rate", "reference", "steps")
+    }
     listed = ", ".join(f"{key} {value}" for key, value in shown.items())
     return f"{config.method!r}: {listed}, batch {config.trainer.batch_size}"
 

@@ -81,8 +81,9 @@ class Batch:
             members[group].append(answer)
         answers = [answer for group in groups for answer in members[group]]
         new_group = [new for new, group in enumerate(groups) for _ in members[group]]
-        per_group = {
-            name: None if value is None else value[torch.tensor(groups, dtype=torch.int64)]
+        index = torch.tensor(groups, dtype=torch.int64)
+        per_group: dict[str, Any] = {
+            name: None if value is None else value[index]
             for name in _GROUP_TENSORS
             for value in [getattr(self, name)]
         }

@@ -111,7 +111,11 @@ def sample(
     seed: Annotated[int, typer.Option(help="The key of every random draw.")] = 0,
     generation: Annotated[
         list[str] | None,
-        typer.Option("--generation", metavar="KEY=VALUE", help="Such as max_new_tokens=64."),
+        typer.Option(
+            "--generation",
+            metavar="KEY=VALUE",
+            help="Such as max_new_tokens=64; repeatable. Without any, the run's own options hold.",
+        ),
     ] = None,
     out: Annotated[
         Path | None, typer.Option(help="The folder for answers; images go to samples/ without it.")
@@ -123,7 +127,9 @@ def sample(
     from alignkit.options import GenerationOptions
     from alignkit.schema import build
 
-    options = build(GenerationOptions, override({}, generation or ()), "generation")
+    options = None
+    if generation:
+        options = build(GenerationOptions, override({}, generation), "generation")
     for i, answer in enumerate(api.sample(run_or_model, prompts, options, seed)):
         text = isinstance(answer, str)
         if text:

@@ -200,7 +200,8 @@ def to_mapping(config: RunConfig) -> dict[str, Any]:
     """
     mapping = {f.name: _plain(getattr(config, f.name)) for f in fields(config)}
     method = {f.name: _plain(getattr(config.method, f.name)) for f in fields(config.method)}
-    mapping["method"] = {"name": config.method.name, **method, **method.pop("keywords")}
+    keywords = method.pop("keywords")
+    mapping["method"] = {"name": config.method.name, **method, **keywords}
     return mapping
 
 

@@ -32,6 +32,7 @@ class WinRate:
         low, high: confidence interval of `value` over prompts.
         num: prompts compared.
         missing: prompts left out because a score is missing.
+        confidence: coverage of the interval.
     """
 
     value: float
@@ -42,6 +43,7 @@ class WinRate:
     ties: int
     losses: int
     missing: int = 0
+    confidence: float = 0.95
 
     def __str__(self) -> str:
         value, low, high = (f"{100 * share:.1f}" for share in (self.value, self.low, self.high))
@@ -59,6 +61,7 @@ class Difference:
         before, after: the two means, over the prompts compared.
         num: prompts compared.
         missing: prompts left out because a score is missing.
+        confidence: coverage of the interval.
     """
 
     value: float
@@ -68,6 +71,7 @@ class Difference:
     after: float
     num: int
     missing: int = 0
+    confidence: float = 0.95
 
     def __str__(self) -> str:
         missing = f", {self.missing} missing" if self.missing else ""
@@ -108,7 +112,17 @@ def win_rate(
         shares = np.array([wins, ties, losses]) / num
         counts = np.random.default_rng(seed).multinomial(num, shares, size=num_resamples)
         low, high = _percentiles((counts[:, 0] + counts[:, 1] / 2) / num, confidence)
-    return WinRate((wins + ties / 2) / num, low, high, num, wins, ties, losses, missing)
+    return WinRate(
+        value=(wins + ties / 2) / num,
+        low=low,
+        high=high,
+        num=num,
+        wins=wins,
+        ties=ties,
+        losses=losses,
+        missing=missing,
+        confidence=confidence,
+    )
 
 
 def paired_difference(
@@ -148,6 +162,7 @@ def paired_difference(
         after=float(second.mean()),
         num=num,
         missing=missing,
+        confidence=confidence,
     )
 
 

@@ -13,7 +13,7 @@ from alignkit.evaluate import Difference, WinRate
 Series = dict[str, list[tuple[float, float]]]
 """Metric name -> (step, value) pairs."""
 
-BETA_CONVENTION = {
+BETA_CONVENTION: Mapping[str, str] = {
     "text": "per nat of the log-ratio, with token log-probs summed over the answer",
     "image": "mean squared denoising error with one half (Wallace et al. 2023, arXiv:2311.12908)",
 }
@@ -27,7 +27,7 @@ class EvaluationRow:
     Attributes:
         measure: what was measured, such as "win rate against the start (known reward)".
         value: the number; a share for win rates.
-        low, high: confidence interval.
+        low, high: interval of `value` with the given confidence.
         before, after: the two means that `value` compares, where there are two.
         num: prompts; missing: prompts left out because a score is missing.
         unit: "share" (written as percent), or words that follow the number, such as "nats".
@@ -44,6 +44,7 @@ class EvaluationRow:
     after: float | None = None
     num: int | None = None
     missing: int = 0
+    confidence: float = 0.95
     unit: str = ""
     neutral: float | None = None
     better: Literal["higher", "lower"] | None = None
@@ -60,9 +61,8 @@ class EvaluationRow:
         note: str = "",
     ) -> Self:
         """The row of a `win_rate` or `paired_difference`."""
-        common: dict[str, Any] = {
-            name: getattr(result, name) for name in ("value", "low", "high", "num", "missing")
-        }
+        names = ("value", "low", "high", "num", "missing", "confidence")
+        common: dict[str, Any] = {name: getattr(result, name) for name in names}
         if isinstance(result, WinRate):
             note = note or f"{result.wins} wins, {result.ties} ties, {result.losses} losses"
             common |= {"unit": "share", "neutral": 0.5}

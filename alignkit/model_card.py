@@ -124,7 +124,7 @@ def _base_words(base: str | None) -> str:
 
 def _facts_table(facts: ReportFacts) -> str:
     method = dict(facts.method)
-    convention = method.pop("beta_convention", None) or BETA_CONVENTION[facts.modality]
+    convention = method.pop("beta_convention", None) or BETA_CONVENTION.get(facts.modality, "")
     rows: dict[str, str] = {}
     for prefix, mapping in (("", method), ("policy: ", facts.policy), ("data: ", facts.data)):
         rows |= {prefix + label(key): show(value) for key, value in mapping.items()}
@@ -137,7 +137,7 @@ def _facts_table(facts: ReportFacts) -> str:
 
 def _evaluation_table(facts: ReportFacts) -> str:
     rows = {row.measure: f"{row} {row.verdict}".strip() for row in facts.evaluation}
-    return _table(("measure", "value [95 % interval]"), rows)
+    return _table(("measure", "value [interval]"), rows)
 
 
 def _table(head: tuple[str, str], rows: Mapping[str, str]) -> str:

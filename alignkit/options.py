@@ -61,7 +61,7 @@ class TrainerOptions:
         warmup: a share of all steps (float below 1) or a number of steps (int).
         precision: "auto" is bf16 on GPUs that have it and fp32 elsewhere. What is trained always
             keeps float32 master values.
-        gradient_checkpointing: "auto" turns it on where the activations would not fit.
+        gradient_checkpointing: "auto" is on for GPUs and off for CPUs.
         save_every: steps between checkpoints; None saves none but the finished model.
         keep_best: name of an evaluation metric; the best checkpoint is kept beside the newest ones.
         trackers: accelerate's tracker names, such as "tensorboard" or "wandb".
@@ -97,9 +97,9 @@ class TrainerOptions:
                 "trainer.max_steps and trainer.epochs say the same thing twice; got "
                 f"max_steps={self.max_steps} and epochs={self.epochs}. Give one of them."
             )
-        counts = ("max_steps", "epochs", "batch_size", "log_every", "eval_every", "sample_every")
-        counts += ("save_every", "keep_checkpoints", "max_grad_norm", "learning_rate")
-        _positive("trainer", **{name: getattr(self, name) for name in counts})
+        lengths = ("max_steps", "epochs", "batch_size", "max_grad_norm", "learning_rate")
+        cadences = ("log_every", "eval_every", "sample_every", "save_every", "keep_checkpoints")
+        _positive("trainer", **{name: getattr(self, name) for name in lengths + cadences})
         if self.micro_batch != "auto":
             _positive("trainer", micro_batch=self.micro_batch)
         _not_negative("trainer", warmup=self.warmup, weight_decay=self.weight_decay)

@@ -89,7 +89,8 @@ class Objective(Protocol):
     requires: frozenset[str]
     """Names of `Likelihood.extras` that the objective needs."""
 
-    trainable: Trainable
+    @property
+    def trainable(self) -> Trainable: ...
 
     def normaliser(self, batch: Batch) -> Tensor:
         """This process's share of the number that the summed losses are divided by (a scalar)."""
@@ -133,11 +134,13 @@ class Objective(Protocol):
 class BatchSource(Protocol):
     """This process's share of one global batch after another. Online RL is a batch source too."""
 
-    total_steps: int | None
-    """How many batches there will be; None for an endless source."""
-
     at_boundary: bool
     """Whether a checkpoint taken now loses nothing. A save due in mid-phase waits for it."""
+
+    @property
+    def total_steps(self) -> int | None:
+        """How many batches there will be; None for an endless source."""
+        ...
 
     def __iter__(self) -> Iterator[Batch]: ...
 

@@ -92,7 +92,7 @@ class FrozenAdapter(_Stateless):
 
     def __init__(self, backend: Backend) -> None:
         self.backend = backend
-        self.parameters: list[nn.Parameter] = []
+        self.parameters: list[Tensor] = []
         self.snapshot: list[Tensor] = []
 
     def prepare(self, runtime: Any) -> None:

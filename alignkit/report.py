@@ -75,6 +75,7 @@ def write_report(folder: RunFolder, facts: ReportFacts) -> Path:
     html = environment.get_template("report.html.j2").render(
         facts=facts,
         subtitle=_subtitle(facts),
+        interval=_interval_heading(facts),
         with_means=any(row.before is not None for row in facts.evaluation),
         costs=_costs(facts),
         warnings=[*facts.warnings, *health(records)],
@@ -142,6 +143,11 @@ def _subtitle(facts: ReportFacts) -> list[str]:
     return [part for part in (*parts, facts.finished.replace("T", " ")) if part]
 
 
+def _interval_heading(facts: ReportFacts) -> str:
+    levels = {row.confidence for row in facts.evaluation if row.low is not None}
+    return f"{100 * levels.pop():g} % interval" if len(levels) == 1 else "Interval"
+
+
 def _costs(facts: ReportFacts) -> list[tuple[str, str]]:
     costs = []
     if facts.seconds is not None:
@@ -154,7 +160,7 @@ def _costs(facts: ReportFacts) -> list[tuple[str, str]]:
 def _sections(facts: ReportFacts) -> list[tuple[str, list[dict[str, Any]]]]:
     """The cards of "what was run": heading and rows (label, text, code?, note)."""
     method = dict(facts.method)
-    convention = method.pop("beta_convention", None) or BETA_CONVENTION[facts.modality]
+    convention = method.pop("beta_convention", None) or BETA_CONVENTION.get(facts.modality, "")
     notes = {"equation": _SYMBOLS, "beta": convention}
     sections = (("Method", method), ("Policy", facts.policy), ("Data", facts.data))
     return [
@@ -220,7 +226,7 @@ def _by_occurrence(samples: Samples) -> dict[tuple[str, int], str | Path]:
 
 
 def _column(step: int) -> str:
-    return "before training" if step == 0 else f"at step {step:,}"
+    return "before training" if step == 0 else f"after step {step:,}"
 
 
 def _picture(path: str | Path | None) -> dict[str, Any] | None:

@@ -165,10 +165,11 @@ def _shard(module: nn.Module, mesh: Any) -> nn.Module:
     """FSDP2 on the blocks and then on the whole likelihood module, whose forward is the root."""
     from torch.distributed.fsdp import fully_shard
 
-    units = getattr(module, "shard_units", list)()
+    units: list[nn.Module] = module.shard_units()  # type: ignore[operator]
     for unit in units:
         fully_shard(unit, mesh=mesh)
-    return fully_shard(module, mesh=mesh)
+    fully_shard(module, mesh=mesh)
+    return module
 
 
 def full(tensor: Tensor) -> Tensor:

@@ -54,7 +54,9 @@ class Trainer:
         self.runtime = runtime or Runtime(sharding=options.sharding)
         rate = learning_rate or options.learning_rate
         if rate is None:
-            raise ConfigError("The trainer needs a learning rate; set TrainerOptions(learning_rate=...).")
+            raise ConfigError(
+                "The trainer needs a learning rate; set TrainerOptions(learning_rate=...)."
+            )
         self.learning_rate = rate
         self.total_steps = self._total_steps()
         self.modules = {
@@ -65,7 +67,9 @@ class Trainer:
         objective.prepare(self.runtime)
         self.parameters = dict(self._named_parameters())
         if not self.parameters:
-            raise ConfigError("Nothing is trained: no parameter of the objective requires a gradient.")
+            raise ConfigError(
+                "Nothing is trained: no parameter of the objective requires a gradient."
+            )
         self.optimizer = make_optimizer(list(self.parameters.values()), options, rate)
         self.step = 0
         self.skipped_steps = 0
@@ -172,7 +176,9 @@ class Trainer:
     def _add(self, metrics: Metrics) -> None:
         for name, (value, count) in metrics.items():
             held = self._pending.get(name)
-            self._pending[name] = (value, count) if held is None else (held[0] + value, held[1] + count)
+            self._pending[name] = (
+                (value, count) if held is None else (held[0] + value, held[1] + count)
+            )
 
     def _reduce_metrics(self) -> dict[str, float]:
         """Means since the last logged step: one packed reduction, one device read."""
@@ -182,7 +188,9 @@ class Trainer:
         packed = torch.stack([torch.stack(self._pending[name]).double() for name in names])
         sums = self.runtime.sum(packed).tolist()
         self._pending = {}
-        return {name: value / count for name, (value, count) in zip(names, sums, strict=True) if count}
+        return {
+            name: value / count for name, (value, count) in zip(names, sums, strict=True) if count
+        }
 
     @torch.no_grad()
     def evaluate(self, batches: Iterable[Batch]) -> dict[str, float]:

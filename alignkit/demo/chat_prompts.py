@@ -112,9 +112,7 @@ def _describe(rng: random.Random) -> _Scene:
     (a, b), (c, d), (s, t) = _two(rng, NOUNS), _two(rng, COLOURS), _two(rng, AGES)
     p, q = _two(rng, tuple(PLACES.values()))
     facts = f"there is a {s} and {c} {a} {p}", f"there is a {t} and {d} {b} {q}"
-    return _Scene(
-        a, f"{s} and {c}", facts[0], b, f"{t} and {d}", facts[1], f"Describe the {a}."
-    )
+    return _Scene(a, f"{s} and {c}", facts[0], b, f"{t} and {d}", facts[1], f"Describe the {a}.")
 
 
 def _safety(rng: random.Random) -> _Scene:
@@ -159,9 +157,7 @@ def split_of(prompt: ChatPrompt) -> Split:
     next to whatever other thing; its single words all do.
     """
     facts = prompt.facts
-    key = "|".join(
-        (prompt.kind, facts["topic"], facts["value"], facts["manner"], facts["length"])
-    )
+    key = "|".join((prompt.kind, facts["topic"], facts["value"], facts["manner"], facts["length"]))
     digest = hashlib.sha256(key.encode()).digest()
     return "heldout" if digest[0] % HELDOUT_SHARE == 0 else "train"
 

@@ -62,9 +62,7 @@ def sigmoid(
     return (1 - label_smoothing) * loss + label_smoothing * swapped
 
 
-def robust(
-    scores: PairScores, *, beta: float, label_smoothing: float = 0.1
-) -> Float[Tensor, " B"]:
+def robust(scores: PairScores, *, beta: float, label_smoothing: float = 0.1) -> Float[Tensor, " B"]:
     """rDPO: [(1 - e) L(b h - m) - e L(-b h - m)] / (1 - 2e).
 
     Chowdhury et al. 2024 (2403.00409) Eq. 12: unbiased for the clean loss when labels are flipped with

@@ -78,9 +78,7 @@ def pad_rows(content: TextContent) -> Rows:
     width = max(lengths)
     ids = np.zeros((len(lengths), width), dtype=np.int64)
     begins = np.array([len(content.prompts[owner]) for owner in content.owner])
-    for row, (owner, completion) in enumerate(
-        zip(content.owner, content.completions, strict=True)
-    ):
+    for row, (owner, completion) in enumerate(zip(content.owner, content.completions, strict=True)):
         prompt = content.prompts[owner]
         ids[row, : len(prompt)] = prompt
         ids[row, len(prompt) : lengths[row]] = completion

@@ -55,7 +55,9 @@ class TextPairs:
         pairs = [self.pairs[index] for index in indices]
         num = len(pairs)
         completions = [ids for pair in pairs for ids in (pair.chosen, pair.rejected)]
-        columns = {name: torch.from_numpy(v[list(indices)]) for name, v in self.columns.items()}
+        columns: dict[str, Any] = {
+            name: torch.from_numpy(values[list(indices)]) for name, values in self.columns.items()
+        }
         return Batch(
             content=TextContent(
                 prompts=tuple(pair.prompt for pair in pairs),
@@ -93,8 +95,8 @@ def read_pairs(rows: Any, tokenizer: Any, options: TextOptions) -> TextPairs:
             rendered.append((number, row if TOKENS[0] in row else render_pair(tokenizer, row)))
             for column, value in values.items():
                 numbers.setdefault(column, [float("nan")] * number).append(value)
-        for column in numbers.values():
-            column.extend([float("nan")] * (number + 1 - len(column)))
+        for held in numbers.values():
+            held.extend([float("nan")] * (number + 1 - len(held)))
     tokens = _tokenise(tokenizer, [r for _, r in rendered if isinstance(r, Rendered)])
     pairs: list[TokenPair] = []
     for number, item in rendered:
@@ -212,9 +214,7 @@ class _Reader:
             'rows out, counted, with data_options.on_bad_row="skip".'
         ) from None
 
-    def split(
-        self, item: Rendered, tokens: Mapping[tuple[str, bool], Ids]
-    ) -> tuple[Ids, Ids, Ids]:
+    def split(self, item: Rendered, tokens: Mapping[tuple[str, bool], Ids]) -> tuple[Ids, Ids, Ids]:
         """Prompt and completions by token ids.
 
         The prompt ends where the ids of prompt and answers part. Where the tokenizer merges the prompt's
@@ -257,7 +257,9 @@ class _Reader:
         if len(prompt) == 0:
             context = self.bos if self.bos is not None else self.eos
             if context is None:
-                raise BadRow("the prompt is empty and the tokenizer has no bos or eos to begin with")
+                raise BadRow(
+                    "the prompt is empty and the tokenizer has no bos or eos to begin with"
+                )
             prompt = np.asarray([context], dtype=np.int32)
         prompt, chosen, rejected = self._cut(prompt, chosen, rejected)
         if np.array_equal(chosen, rejected) and self.options.identical_pairs != "keep":

@@ -105,10 +105,6 @@ def _train_active_adapter(model: Any) -> None:
             layer.set_adapter(layer.active_adapters)
 
 
-_ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj", "qkv_proj", "c_attn", "query_key_value")
-_ATTENTION += ("dense", "out_proj", "q_lin", "k_lin", "v_lin", "out_lin")
-
-
 def _targets(model: Any, adapter: LoRA) -> list[str] | str:
     """Names of the linear layers to adapt."""
     names = _linear_names(model)
@@ -124,10 +120,10 @@ def _targets(model: Any, adapter: LoRA) -> list[str] | str:
     if adapter.targets in ("auto", "all", "attention+ff"):
         return names
     if adapter.targets == "attention":
-        chosen = [name for name in names if ".attn" in name or "attention" in name]
-        chosen = chosen or [name for name in names if name.rsplit(".", 1)[-1] in _ATTENTION]
+        # Blocks call it self_attn, attn, attention or self_attention.
+        chosen = [name for name in names if "attn" in name or "attention" in name]
         if chosen:
-            return [n for n in names if n in set(chosen) or "self_attn" in n]
+            return chosen
     raise ConfigError(
         f"adapter.targets={adapter.targets!r} is not known for this model; use 'auto', 'attention', "
         "'attention+ff', 'all', or a list of module names."
@@ -161,7 +157,9 @@ def checkpoint_layers(model: Any) -> None:
     base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     for layer in model.modules():
         if getattr(layer, "gradient_checkpointing", False) is True:
-            drops = [n for n, v in vars(layer).items() if "drop" in n and v and isinstance(v, float)]
+            drops = [
+                n for n, v in vars(layer).items() if "drop" in n and v and isinstance(v, float)
+            ]
             if drops and layer is not base:
                 raise ConfigError(
                     f"{type(layer).__name__} applies dropout by its own {drops}, which would be on "

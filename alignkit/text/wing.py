@@ -106,16 +106,17 @@ class TextWing:
     def _check_vocabulary(self, pairs: TextPairs) -> None:
         """An id beyond the embedding would read past its end (and on a GPU kill the process)."""
         size = self.policy.get_input_embeddings().num_embeddings
-        top = max((int(ids.max()) for p in pairs.pairs for ids in (p.prompt, p.chosen, p.rejected)), default=0)
+        top = max(
+            (int(ids.max()) for p in pairs.pairs for ids in (p.prompt, p.chosen, p.rejected)),
+            default=0,
+        )
         if top >= size:
             raise ConfigError(
                 f"The tokenizer gives id {top} and the model has {size} embeddings: they do not belong "
                 "together. Give the model's own tokenizer, or resize the embeddings."
             )
 
-    def sample(
-        self, prompts: Sequence[Any], options: GenerationOptions, *, seed: int
-    ) -> list[str]:
+    def sample(self, prompts: Sequence[Any], options: GenerationOptions, *, seed: int) -> list[str]:
         """One answer per prompt; bare strings are wrapped as a user's turn if the data was chat."""
         ids = self._prompt_ids(prompts)
         eos = self._eos_ids()
