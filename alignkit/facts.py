@@ -200,7 +200,7 @@ def _show_float(value: float, digits: int = 4) -> str:
 
 def duration(seconds: float) -> str:
     """42 s; 3 min 20 s; 2 h 05 min."""
-    if seconds < 60:
+    if seconds < 59.5:
         return f"{seconds:.1f} s" if seconds < 9.95 else f"{seconds:.0f} s"
     minutes, rest = divmod(round(seconds), 60)
     if minutes < 60:

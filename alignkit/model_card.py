@@ -85,14 +85,15 @@ def model_card(facts: ReportFacts, *, base: str | None, modality: str, files: It
 def _front_matter(
     facts: ReportFacts, base: str | None, modality: str, library: str, adapter: bool
 ) -> str:
-    method = facts.method.get("name")
-    tags = ["alignkit", *([str(method)] if method else []), *(["lora"] if adapter else [])]
+    # In one line, so that no value can hold the line that ends the front matter.
+    method = " ".join(str(facts.method.get("name", "")).split())
+    tags = ["alignkit", *([method] if method else []), *(["lora"] if adapter else [])]
     front: dict[str, Any] = {"library_name": library}
     if base is not None and _HUB_NAME.fullmatch(base) and not Path(base).exists():
         front["base_model"] = base
     front["pipeline_tag"] = "text-to-image" if modality == "image" else "text-generation"
     front["tags"] = tags
-    return yaml.safe_dump(front, sort_keys=False, allow_unicode=True)
+    return yaml.safe_dump(front, sort_keys=False, allow_unicode=True, width=10_000)
 
 
 def _loading_code(

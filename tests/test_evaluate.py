@@ -5,12 +5,13 @@ from __future__ import annotations
 import itertools
 import subprocess
 import sys
+from collections.abc import Callable
 
 import numpy as np
 import pytest
 
 from alignkit.errors import DataError
-from alignkit.evaluate import paired_difference, win_rate, wilson
+from alignkit.evaluate import paired_difference, wilson, win_rate
 
 
 def test_win_rate_counts_ties_half_and_leaves_missing_out() -> None:
@@ -55,9 +56,7 @@ def test_win_rate_repeats_for_a_seed_and_prints_in_percent() -> None:
     before, after = generator.random(300), generator.random(300) + 0.3
     rate = win_rate(before, after)
     assert rate == win_rate(before, after)
-    expected = (
-        f"{rate.value * 100:.1f} % [{rate.low * 100:.1f}, {rate.high * 100:.1f}], n=300"
-    )
+    expected = f"{rate.value * 100:.1f} % [{rate.low * 100:.1f}, {rate.high * 100:.1f}], n=300"
     assert str(rate) == expected
     assert str(win_rate([0.0, 1, None], [1.0, 0, 1])).endswith("n=2, 1 missing")
 
@@ -90,7 +89,7 @@ def test_resampling_in_chunks_covers_all_resamples(monkeypatch: pytest.MonkeyPat
 
 
 @pytest.mark.parametrize("function", [win_rate, paired_difference])
-def test_impossible_scores_are_refused(function) -> None:
+def test_impossible_scores_are_refused(function: Callable[..., object]) -> None:
     with pytest.raises(DataError, match="got 2 and 3 scores"):
         function([1.0, 2.0], [1.0, 2.0, 3.0])
     with pytest.raises(DataError, match="No prompt has a score"):
@@ -106,6 +105,8 @@ def test_wilson_refuses_impossible_counts() -> None:
 
 
 def test_import_is_light() -> None:
-    code = "import sys, alignkit.evaluate; print('torch' in sys.modules, 'matplotlib' in sys.modules)"
+    code = (
+        "import sys, alignkit.evaluate; print('torch' in sys.modules, 'matplotlib' in sys.modules)"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["False", "False"]

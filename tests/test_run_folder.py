@@ -156,8 +156,9 @@ def crashing(function):
             os.kill(os.getpid(), signal.SIGKILL)
         return function(*args, **kwargs)
     return call
-for module, name in ((os, "fsync"), (os, "replace"), (os, "unlink"), (os, "rmdir"), (shutil, "rmtree")):
-    setattr(module, name, crashing(getattr(module, name)))
+for name in ("fsync", "replace", "unlink", "rmdir"):
+    setattr(os, name, crashing(getattr(os, name)))
+shutil.rmtree = crashing(shutil.rmtree)
 with atomic_folder(target) as folder:
     (folder / "sub").mkdir()
     (folder / "sub" / "0.txt").write_text("2")
