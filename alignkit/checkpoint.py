@@ -24,7 +24,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from alignkit.errors import CheckpointError
-from alignkit.run_folder import atomic_folder
+from alignkit.atomic import atomic_folder
 
 log = logging.getLogger("alignkit")
 

@@ -61,7 +61,8 @@ class TrainerOptions:
         warmup: a share of all steps (float below 1) or a number of steps (int).
         precision: "auto" is bf16 on GPUs that have it and fp32 elsewhere. What is trained always
             keeps float32 master values.
-        gradient_checkpointing: "auto" is on for GPUs and off for CPUs.
+        gradient_checkpointing: "auto" is off on CPUs; on GPUs it is on for text, and for images where
+            one pair would not fit without.
         save_every: steps between checkpoints; None saves none but the finished model.
         keep_best: name of an evaluation metric; the best checkpoint is kept beside the newest ones.
         trackers: accelerate's tracker names, such as "tensorboard" or "wandb".

@@ -103,16 +103,12 @@ def _neither(policy: str) -> str:
 
 def build_wing(config: RunConfig, modality: str, runtime: Runtime) -> Wing:
     """The policy, loaded and marked for training."""
-    checkpointing = config.trainer.gradient_checkpointing
     wing: Wing = import_module(MODALITIES[modality]).build(
         config.policy,
         adapter=config.adapter,
         device=runtime.device,
         precision=pick_precision(config.trainer.precision),
-        # Off on a CPU, where memory is plenty and time is not.
-        gradient_checkpointing=runtime.device.type == "cuda"
-        if checkpointing == "auto"
-        else checkpointing,
+        gradient_checkpointing=config.trainer.gradient_checkpointing,
         seed=config.seed,
     )
     if config.trainer.compile:

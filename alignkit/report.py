@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import base64
 import io
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
+from urllib.parse import quote
 
 import yaml
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
@@ -38,6 +40,7 @@ __all__ = [
     "model_card",
     "rebuild",
     "summary_table",
+    "write_index",
     "write_report",
 ]
 
@@ -64,20 +67,12 @@ def write_report(folder: RunFolder, facts: ReportFacts) -> Path:
     for plot in plots:
         atomic_write(folder.plots_dir / plot.file, plot.png)
     samples, between, between_left_out = _samples(folder.read_samples())
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent / "templates"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters["show"] = show
-    html = environment.get_template("report.html.j2").render(
+    html = _render(
+        "report.html.j2",
+        title=facts.title,
         facts=facts,
         subtitle=_subtitle(facts),
-        interval=_interval_heading(facts),
-        with_means=any(row.before is not None for row in facts.evaluation),
-        costs=_costs(facts),
+        result=_result(facts),
         warnings=[*facts.warnings, *health(records)],
         sections=_sections(facts),
         samples=samples,
@@ -92,6 +87,32 @@ def write_report(folder: RunFolder, facts: ReportFacts) -> Path:
     )
     atomic_write(folder.report_file, html)
     return folder.report_file
+
+
+def write_index(path: str | Path, runs: Sequence[ReportFacts], *, title: str) -> Path:
+    """Write one page over several runs: their results and samples, linked to their reports.
+
+    Args:
+        path: of the page. Links are relative to it, so that a folder of runs moves as a whole.
+        runs: the facts of each run; their run folders hold the samples.
+        title: of the page.
+    """
+    path = Path(path)
+    parts = []
+    for facts in runs:
+        report = Path(facts.run_dir) / "report.html"
+        samples, _, _ = _samples(RunFolder(facts.run_dir).read_samples())
+        parts.append(
+            {
+                "title": facts.title,
+                "subtitle": _subtitle(facts),
+                "link": quote(Path(os.path.relpath(report, path.parent)).as_posix()),
+                "result": _result(facts),
+                "samples": samples,
+            }
+        )
+    atomic_write(path, _render("index.html.j2", title=title, runs=parts))
+    return path
 
 
 def rebuild(run_dir: str | Path) -> Path:
@@ -128,6 +149,18 @@ def summary_table(facts: ReportFacts) -> str:
     return "\n".join([*lines, f"Report: {Path(facts.run_dir) / 'report.html'}"])
 
 
+def _render(template: str, **values: Any) -> str:
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent / "templates"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters["show"] = show
+    return environment.get_template(template).render(**values)
+
+
 def _unfinished(folder: RunFolder) -> ReportFacts:
     pictures = any(samples.pictures for samples in folder.read_samples().values())
     modality: Literal["text", "image"] = "image" if pictures else "text"
@@ -143,9 +176,18 @@ def _subtitle(facts: ReportFacts) -> list[str]:
     return [part for part in (*parts, facts.finished.replace("T", " ")) if part]
 
 
-def _interval_heading(facts: ReportFacts) -> str:
-    levels = {row.confidence for row in facts.evaluation if row.low is not None}
-    return f"{100 * levels.pop():g} % interval" if len(levels) == 1 else "Interval"
+def _result(facts: ReportFacts) -> dict[str, Any] | None:
+    """The verdict's table: what was measured, and what it cost."""
+    rows, costs = facts.evaluation, _costs(facts)
+    if not rows and not costs:
+        return None
+    levels = {row.confidence for row in rows if row.low is not None}
+    return {
+        "rows": rows,
+        "costs": costs,
+        "with_means": any(row.before is not None for row in rows),
+        "interval": f"{100 * levels.pop():g} % interval" if len(levels) == 1 else "Interval",
+    }
 
 
 def _costs(facts: ReportFacts) -> list[tuple[str, str]]:

@@ -23,7 +23,8 @@ from alignkit.model_card import model_card
 from alignkit.options import GenerationOptions
 from alignkit.protocols import Wing
 from alignkit.report import write_report
-from alignkit.run_folder import RunFolder, atomic_folder
+from alignkit.atomic import atomic_folder
+from alignkit.run_folder import RunFolder
 from alignkit.runtime import full
 from alignkit.sources import RowSource
 from alignkit.trainer import Trainer

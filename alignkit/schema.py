@@ -107,8 +107,7 @@ def _convert(hint: Any, value: Any, path: str) -> Any:
         return value if isinstance(value, hint) else _MISMATCH
     origin, args = get_origin(hint), get_args(hint)
     if origin is Literal:
-        same = [option for option in args if option == value and type(option) is type(value)]
-        return same[0] if same else _MISMATCH
+        return value if value in args else _MISMATCH
     if origin in (Union, UnionType):
         for member in sorted(args, key=lambda member: member is float):  # an int stays an int
             converted = _convert(member, value, path)

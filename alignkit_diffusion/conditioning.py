@@ -37,7 +37,7 @@ class PromptTable:
         unique = list(dict.fromkeys(prompts))
         self._row = {prompt: row for row, prompt in enumerate(unique, start=1)}
         warn_of_truncation(pipe, unique)
-        with encoders_on(pipe, device), torch.no_grad(), quiet_diffusers():
+        with encoders_on(pipe, device), torch.no_grad(), quiet_libraries():
             parts = [family.dropped_prompt(pipe, device)]
             starts = range(0, len(unique), PROMPTS_PER_CALL)
             for start in tqdm(starts, desc="Encoding prompts", leave=False, disable=None):
@@ -103,13 +103,17 @@ def warn_of_truncation(pipe: Any, prompts: Sequence[str]) -> None:
 
 
 @contextmanager
-def quiet_diffusers() -> Iterator[None]:
-    """Inside, diffusers does not warn once per truncated prompt; `warn_of_truncation` does."""
+def quiet_libraries() -> Iterator[None]:
+    """Inside, diffusers and transformers do not warn of each truncated prompt."""
     from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
 
-    before = diffusers_logging.get_verbosity()
+    both = (diffusers_logging, transformers_logging)
+    before = [library.get_verbosity() for library in both]
     try:
-        diffusers_logging.set_verbosity_error()
+        for library in both:
+            library.set_verbosity_error()
         yield
     finally:
-        diffusers_logging.set_verbosity(before)
+        for library, verbosity in zip(both, before, strict=True):
+            library.set_verbosity(verbosity)

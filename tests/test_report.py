@@ -12,6 +12,7 @@ from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
 
 import numpy as np
 import pytest
@@ -29,6 +30,7 @@ from alignkit.report import (
     model_card,
     rebuild,
     summary_table,
+    write_index,
     write_report,
 )
 from alignkit.run_folder import RunFolder
@@ -253,7 +255,25 @@ def test_report_of_almost_nothing(tmp_path: Path) -> None:
     page = Page(write_report(run, ReportFacts(title="Bare")))
     assert "Bare" in page.text
     assert page.pictures() == []
-    assert "Samples" not in page.text and "Curves" not in page.text
+    for heading in ("Result", "Samples", "Curves", "again"):
+        assert heading not in page.text
+
+
+def test_index_shows_every_run_and_links_to_its_report(tmp_path: Path) -> None:
+    runs = [RunFolder(tmp_path / name) for name in ("text run", "images")]
+    runs[0].write_samples(0, ["p"], ["the answer " + EVIL])
+    runs[1].write_samples(0, ["q"], [Image.new("RGB", (4, 4))])
+    titles = ("first " + EVIL, "second")
+    facts = [facts_of(run, title=title) for run, title in zip(runs, titles, strict=True)]
+    for run, its_facts in zip(runs, facts, strict=True):
+        write_report(run, its_facts)
+    page = Page(write_index(tmp_path / "report.html", facts, title="both " + EVIL))
+    links = [attrs["href"] for tag, attrs in page.tags if tag == "a"]
+    assert links == ["text%20run/report.html", "images/report.html"]
+    assert all((tmp_path / unquote(link or "")).exists() for link in links)
+    assert [p["alt"] for p in page.pictures()] == ["Sample before training for the prompt: q"]
+    assert page.text.count("75.0 %") == 2
+    assert page.text.count(EVIL) >= 3 and "script" not in {tag for tag, _ in page.tags}
 
 
 # --- again from the folder alone ------------------------------------------------------------------

@@ -204,7 +204,7 @@ while True:
 
 def test_random_kills_never_leave_a_torn_folder(tmp_path: Path) -> None:
     target, generation, delays = tmp_path / "model", 0, random.Random(0)
-    for _ in range(12):
+    for _ in range(8):
         command = [sys.executable, "-c", _WRITE_FOREVER, str(target), str(generation)]
         with subprocess.Popen(command, stdout=subprocess.PIPE) as child:
             assert child.stdout is not None

@@ -29,7 +29,7 @@ def build(
     adapter: LoRA | None = None,
     device: torch.device | str = "cpu",
     precision: str = "fp32",
-    gradient_checkpointing: bool = False,
+    gradient_checkpointing: bool | str = False,
     seed: int = 0,
 ) -> TextWing:
     """Load a causal language model and mark what is trained.
@@ -40,7 +40,7 @@ def build(
         device: where to compute.
         precision: "fp32", "bf16" or "fp16" of frozen weights and of the arithmetic; trained weights are
             float32 in any case.
-        gradient_checkpointing: recompute block activations in backward.
+        gradient_checkpointing: recompute block activations in backward; "auto" does so on GPUs.
         seed: of the adapter's initial weights.
 
     Raises:
@@ -55,6 +55,8 @@ def build(
     model.to(device)
     autocast = None if dtype == torch.float32 else dtype
     module = TextLikelihood(model, autocast=autocast)
+    if gradient_checkpointing == "auto":
+        gradient_checkpointing = torch.device(device).type == "cuda"
     if gradient_checkpointing:
         checkpoint_layers(model)
     return TextWing(
@@ -63,7 +65,7 @@ def build(
         module,
         adapter=kind,
         was_training=was_training,
-        checkpointed=gradient_checkpointing,
+        checkpointed=bool(gradient_checkpointing),
     )
 
 

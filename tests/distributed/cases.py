@@ -1,0 +1,243 @@
+"""Runs that are played once by one process and once by two, and what they leave to compare.
+
+`play` is called by every process of a world (see `world.py`) and by the test itself, alone.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from alignkit import DPO, LoRA, TrainerOptions
+from alignkit.api import build
+from alignkit.run import Run
+from tests.builders import pair_rows, tiny_lm, tiny_tokenizer
+
+WEIGHTS = (1.0, 0.0, 2.0, 0.5)
+
+
+def weighted_rows(num: int) -> list[dict[str, Any]]:
+    """Pairs of uneven lengths; every fourth one has weight 0 and must not count."""
+    return [row | {"weight": WEIGHTS[i % 4]} for i, row in enumerate(pair_rows(num))]
+
+
+def trainer(**changed: Any) -> TrainerOptions:
+    """16 rows in batches of 5: two processes get 2 and 3 of them, and the last batch is one row."""
+    options: dict[str, Any] = {
+        "batch_size": 5,
+        "micro_batch": 1,
+        "learning_rate": 3e-3,
+        "warmup": 0,
+        "precision": "fp32",
+        "log_every": 1,
+    }
+    return TrainerOptions(**(options | changed))
+
+
+@dataclass(frozen=True)
+class Case:
+    """The arguments of one run; objects in memory are made afresh by every process."""
+
+    policy: Callable[[], Any]
+    arguments: Callable[[], dict[str, Any]]
+
+
+def _text(architecture: str) -> Callable[[], Any]:
+    return lambda: (tiny_lm(architecture), tiny_tokenizer())
+
+
+def _continued() -> Any:
+    """A model that carries an adapter which has been trained already."""
+    from peft import LoraConfig, get_peft_model
+
+    config = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(1)
+        model = get_peft_model(tiny_lm("llama"), config)
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                torch.nn.init.normal_(parameter, std=0.05)
+    return model, tiny_tokenizer()
+
+
+def _plain(**changed: Any) -> Callable[[], dict[str, Any]]:
+    return lambda: {"data": pair_rows(16), "trainer": trainer(**changed)}
+
+
+def _evaluated() -> dict[str, Any]:
+    return {
+        "data": weighted_rows(16),
+        "eval_data": weighted_rows(7),
+        "trainer": trainer(eval_every=2, log_every=3),
+    }
+
+
+def _lora(**changed: Any) -> Callable[[], dict[str, Any]]:
+    return lambda: {
+        "data": pair_rows(16),
+        "adapter": LoRA(rank=4),
+        "trainer": trainer(micro_batch=2, **changed),
+    }
+
+
+def _image() -> Any:
+    from tests.image.conftest import make_pipeline
+
+    return make_pipeline()
+
+
+def _pictures(**changed: Any) -> Callable[[], dict[str, Any]]:
+    def arguments() -> dict[str, Any]:
+        from tests.image.conftest import SIZES, picture
+
+        rows = [
+            {
+                "prompt": f"a red circle on the {'big ' * (i % 3)}house",
+                "chosen": picture(2 * i, *SIZES[i % 8]),
+                "rejected": picture(2 * i + 1, *SIZES[-1 - i % 8]),
+            }
+            for i in range(11)
+        ]
+        return {"data": rows, "trainer": trainer(learning_rate=1e-3), **changed}
+
+    return arguments
+
+
+CASES: Mapping[str, Case] = {
+    "full": Case(_text("llama"), _evaluated),
+    "tied": Case(_text("qwen2"), _plain(micro_batch="auto")),
+    "lora": Case(_text("qwen2"), _lora()),
+    "interrupted": Case(_text("llama"), _plain(save_every=2, log_every=4)),
+    "sharded_full": Case(_text("llama"), _plain(sharding="fsdp2")),
+    "sharded_tied": Case(_text("qwen2"), _plain(sharding="fsdp2", micro_batch="auto")),
+    "sharded_lora": Case(_text("llama"), _lora(sharding="fsdp2")),
+    "sharded_continued": Case(_continued, _plain(sharding="fsdp2")),
+    "sharded_interrupted": Case(_text("llama"), _plain(sharding="fsdp2", save_every=2)),
+    "image_full": Case(_image, _pictures()),
+    "image_lora": Case(_image, _pictures(adapter=LoRA(rank=4))),
+}
+"""Played without sharding where one process is alone."""
+
+
+@dataclass(frozen=True)
+class Played:
+    """What one process saw of a run."""
+
+    history: list[dict[str, float]]
+    weights: dict[str, Tensor]
+    gradients: dict[str, Tensor]
+    local: dict[str, Any]
+
+    @classmethod
+    def read(cls, folder: Path, rank: int = 0) -> Played:
+        told = json.loads((folder / f"rank{rank}.json").read_text())
+        tensors = load_file(folder / f"rank{rank}.safetensors")
+        return cls(told["history"], _below(tensors, "weights"), _below(tensors, "gradients"), told)
+
+
+def _below(tensors: Mapping[str, Tensor], kind: str) -> dict[str, Tensor]:
+    return {k.partition("|")[2]: v for k, v in tensors.items() if k.startswith(kind + "|")}
+
+
+def play(
+    name: str,
+    folder: Path,
+    *,
+    stop_after: int | None = None,
+    resume: str = "auto",
+    run_dir: Path | None = None,
+    alone: bool = False,
+) -> None:
+    """Train the case and write what this process saw below `folder`.
+
+    Args:
+        name: of `CASES`.
+        folder: gets `rank*.json`, `rank*.safetensors` and the run folder `run`.
+        stop_after: leave the loop after this step, as a killed run does.
+        resume: as `align` takes it.
+        run_dir: instead of `folder / "run"`.
+        alone: one process, which does not shard.
+    """
+    from dataclasses import replace
+
+    case = CASES[name]
+    arguments = case.arguments()
+    if alone:
+        arguments["trainer"] = replace(arguments["trainer"], sharding="none")
+    folder.mkdir(parents=True, exist_ok=True)
+    run = build(
+        case.policy(),
+        DPO(beta=0.5) if not name.startswith("image") else DPO(),
+        arguments.pop("data"),
+        run_dir=run_dir or folder / "run",
+        resume=resume,
+        **arguments,
+    )
+    gradients = _watch_gradients(run)
+    for record in run.steps():
+        if record.step == stop_after:
+            break
+    else:
+        run.finish()
+    if run.folder is not None:
+        run.folder.unlock()
+    _write(run, gradients, folder)
+
+
+def _watch_gradients(run: Run) -> dict[str, Tensor]:
+    """Every step's gradient before clipping, filled in as the run goes on."""
+    seen: dict[str, Tensor] = {}
+    clip, names = run.runtime.clip, list(run.trainer.parameters)
+
+    def watching(parameters: Any, max_norm: float) -> Tensor:
+        for name, parameter in zip(names, parameters, strict=True):
+            if parameter.grad is not None:
+                seen[f"{run.trainer.step + 1}|{name}"] = whole(parameter.grad).clone()
+        return clip(parameters, max_norm)
+
+    run.runtime.clip = watching  # type: ignore[method-assign]
+    return seen
+
+
+def whole(tensor: Tensor) -> Tensor:
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def _write(run: Run, gradients: Mapping[str, Tensor], folder: Path) -> None:
+    parameters = run.trainer.parameters
+    weights = {name: whole(p.detach()) for name, p in parameters.items()}
+    reference = getattr(run.trainer.objective.reference, "module", None)  # type: ignore[attr-defined]
+    told = {
+        "history": run.history,
+        "metrics": run.metrics,
+        "size": run.runtime.size,
+        "sharded": {n: isinstance(p, DTensor) for n, p in parameters.items()},
+        "local_numel": sum(_local(p).numel() for p in parameters.values()),
+        "numel": sum(p.numel() for p in parameters.values()),
+        "reference_local_numel": sum(_local(p).numel() for p in reference.parameters())
+        if reference is not None
+        else None,
+        "reference_numel": sum(p.numel() for p in reference.parameters())
+        if reference is not None
+        else None,
+    }
+    rank = run.runtime.rank
+    (folder / f"rank{rank}.json").write_text(json.dumps(told))
+    tensors = {f"weights|{k}": v for k, v in weights.items()}
+    tensors |= {f"gradients|{k}": v for k, v in gradients.items()}
+    save_file(
+        {k: v.contiguous().clone() for k, v in tensors.items()},
+        folder / f"rank{rank}.safetensors",
+    )
+
+
+def _local(parameter: Tensor) -> Tensor:
+    return parameter.to_local() if isinstance(parameter, DTensor) else parameter

@@ -1,0 +1,92 @@
+"""One process of a world: does the tasks of a JSON file in order, and notes what went wrong.
+
+    accelerate launch --cpu --num_processes 2 ... -m tests.distributed.world TASKS.json
+
+A task is `{"do": name of a function below, ...}` with that function's arguments.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import traceback
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tests.distributed.cases import play
+
+
+def train(folder: str, case: str, **arguments: Any) -> None:
+    for key in ("run_dir",):
+        if key in arguments:
+            arguments[key] = Path(arguments[key])
+    play(case, Path(folder), **arguments)
+
+
+def collectives(folder: str) -> None:
+    """What `Runtime` does with values that differ from process to process."""
+    from alignkit.runtime import Runtime
+
+    runtime = Runtime()
+    rank = runtime.rank
+    mine = torch.full((2, 2), rank + 1.0)
+    told = {
+        "sum": runtime.sum(mine).tolist(),
+        "input": mine.tolist(),
+        "sum of integers": runtime.sum(torch.tensor([rank, 1])).tolist(),
+        "gather": runtime.gather(torch.arange(3 * rank + 1) + 10 * rank).tolist(),
+        "gather rows": runtime.gather(torch.full((1 + rank, 2), float(rank))).tolist(),
+        "gather nothing": runtime.gather(torch.arange(rank)).tolist(),
+        "gather empty": runtime.gather(torch.zeros(0)).tolist(),
+        "max": [runtime.max(rank * 7), runtime.max(-rank), runtime.max(2**40 + rank)],
+        "share": runtime.share({"from": rank, "list": [rank, None]}),
+        "main": runtime.is_main,
+        "size": runtime.size,
+    }
+    runtime.barrier()
+    out = Path(folder)
+    out.mkdir(parents=True, exist_ok=True)
+    (out / f"rank{rank}.json").write_text(json.dumps(told))
+
+
+def not_finite(folder: str, poisoned: int) -> None:
+    """A run whose row `poisoned` has a loss of NaN; what is raised on each process."""
+    from alignkit import DPO, align
+    from alignkit.errors import NonFiniteError
+    from tests.builders import pair_rows, tiny_lm, tiny_tokenizer
+    from tests.distributed.cases import trainer
+
+    rows = pair_rows(8)
+    tokenizer, model = tiny_tokenizer(), tiny_lm("llama")
+    rows[poisoned]["chosen"][0]["content"] += " ~"
+    (token,) = tokenizer("~", add_special_tokens=False)["input_ids"]
+    with torch.no_grad():
+        model.get_input_embeddings().weight[token] = float("nan")
+    message = ""
+    try:
+        align((model, tokenizer), DPO(), rows, trainer=trainer(batch_size=8))
+    except NonFiniteError as error:
+        message = str(error)
+    out = Path(folder)
+    out.mkdir(parents=True, exist_ok=True)
+    (out / f"rank{os.environ['RANK']}.json").write_text(json.dumps(message))
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    for task in json.loads(Path(sys.argv[1]).read_text()):
+        name = task.pop("do")
+        try:
+            globals()[name](**task)
+        except BaseException:
+            out = Path(task["folder"])
+            out.mkdir(parents=True, exist_ok=True)
+            (out / f"failed{os.environ['RANK']}.txt").write_text(traceback.format_exc())
+            raise
+
+
+if __name__ == "__main__":
+    main()
