@@ -32,9 +32,9 @@ def lora_config(adapter: LoRA, targets: Sequence[str] | str, **extra: Any) -> An
 def adapters_off(module: nn.Module) -> Iterator[None]:
     """Inside, every adapter layer of `module` computes as its base layer.
 
-    Restored on exit also after an exception. Gradient flags are kept as they were: peft's own switch
-    freezes the adapter, and a frozen adapter that is still off while checkpointing recomputes would
-    train nothing. Use it around a no-grad forward only.
+    Restored on exit also after an exception. Gradient flags are kept as they were: peft's own
+    switch freezes the adapter, and a frozen adapter that is still off while checkpointing
+    recomputes would train nothing. Use it around a no-grad forward only.
     """
     from peft.tuners.tuners_utils import BaseTunerLayer
 

@@ -58,9 +58,9 @@ def align(
     """Align a model with preferences.
 
     Main arguments:
-        policy: a folder or hub name of a causal language model or of a diffusers pipeline, told apart
-            by its files; or `(model, tokenizer)`; or a `DiffusionPipeline`. Weights in hand train in
-            place. Alone, the path of a YAML file that holds all arguments.
+        policy: a folder or hub name of a causal language model or of a diffusers pipeline, told
+            apart by its files; or `(model, tokenizer)`; or a `DiffusionPipeline`. Weights in hand
+            train in place. Alone, the path of a YAML file that holds all arguments.
         method: what to optimise, such as `DPO(beta=0.1)`. Never guessed.
         data: file (jsonl, json, csv, parquet), folder, hub name, `datasets.Dataset` or
             `IterableDataset`, or a list of dicts.
@@ -108,7 +108,8 @@ def align(
 
 
 def build(policy: Any, method: DPO | None = None, data: Any = None, **arguments: Any) -> Run:
-    """The run of the same arguments as `align`, loaded and ready, with its loop in the caller's hands.
+    """The run of the same arguments as `align`, loaded and ready, with its loop in the caller's
+    hands.
 
     run = build(policy, DPO(), data)
     for record in run.steps():
@@ -141,7 +142,8 @@ def _refuse_beside_file(given: Mapping[str, Any]) -> None:
     beside = sorted(key for key, value in given.items() if defaults.get(key) != value)
     if beside:
         raise ConfigError(
-            f"A configuration file holds all arguments; got {', '.join(beside)} beside it. Write them "
+            f"A configuration file holds all arguments; got {', '.join(beside)} beside it. Write "
+            "them "
             "in the file, or on the command line as key=value."
         )
 
@@ -234,8 +236,8 @@ def _decide(config: RunConfig, folder: RunFolder) -> str | None:
     if found is None:
         if resume == "must":
             raise CheckpointError(
-                f'resume="must" found no whole checkpoint in {folder.checkpoints}. Use resume="auto" '
-                "to start anew."
+                f'resume="must" found no whole checkpoint in {folder.checkpoints}. '
+                'Use resume="auto" to start anew.'
             )
         folder.clear()
     return None if found is None else str(found)

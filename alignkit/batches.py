@@ -1,7 +1,7 @@
 """The vocabulary of data: a batch is N answers to G prompt groups.
 
-Preference pairs are groups of 2, K-wise rankings groups of K, SFT and KTO rows groups of 1. One shape
-serves them all, so that packing, sharding and randomness are written once.
+Preference pairs are groups of 2, K-wise rankings groups of K, SFT and KTO rows groups of 1. One
+shape serves them all, so that packing, sharding and randomness are written once.
 
 Legend for shapes: N answers, G groups, B pairs, T tokens, V vocabulary, C/H/W latent.
 """
@@ -17,7 +17,7 @@ from torch import Tensor
 
 
 class Content(Protocol):
-    """The wing's own ragged data of one batch, group-major: all answers of group 0, then group 1 ..."""
+    """The wing's own ragged data of one batch: all answers of group 0, then of group 1 ..."""
 
     def select(self, groups: Sequence[int], answers: Sequence[int]) -> Self:
         """The content of the given groups, whose answers have the given places among the N."""

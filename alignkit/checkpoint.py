@@ -5,8 +5,8 @@
         tensors.safetensors   every tensor of the state
         manifest.json         digest of each file, written last
 
-A checkpoint is written to a temporary folder, synced, and renamed into place; one that fails its manifest is
-passed over with a warning that names it. Nothing is pickled.
+A checkpoint is written to a temporary folder, synced, and renamed into place; one that fails its
+manifest is passed over with a warning that names it. Nothing is pickled.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from alignkit.errors import CheckpointError
 from alignkit.atomic import atomic_folder
+from alignkit.errors import CheckpointError
 
 log = logging.getLogger("alignkit")
 
@@ -134,7 +134,8 @@ def _join(value: Any, tensors: Mapping[str, Tensor]) -> Any:
 def fingerprint(module: nn.Module) -> str:
     """A digest of a model's weights: names, shapes and 1,024 evenly spread elements of each tensor.
 
-    It tells whether a run is resumed on the weights it began with; it does not read all of a large model.
+    It tells whether a run is resumed on the weights it began with; it does not read all of a large
+    model.
     """
     digest = hashlib.sha256()
     for name, parameter in module.named_parameters():

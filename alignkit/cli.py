@@ -88,7 +88,7 @@ def train(
         return
     result = api.align(**{f.name: getattr(config, f.name) for f in fields(config)})
     for name, value in result.metrics.items():
-        typer.echo(f"{name}: {value}")
+        typer.echo(f"{name}: {value:.4g}")
     if result.run_dir is not None:
         typer.echo(f"run folder: {result.run_dir}\nreport: {result.report}")
 

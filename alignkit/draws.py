@@ -1,7 +1,7 @@
 """Counter-based randomness: a draw is a pure function of its key.
 
-Timesteps and noise are keyed by (seed, optimizer step, position in the global batch), augmentation by
-(seed, epoch, row id). Never by process or micro-batch: so 1x8 = 2x4 = 8x1 = two processes, and a
+Timesteps and noise are keyed by (seed, optimizer step, position in the global batch), augmentation
+by (seed, epoch, row id). Never by process or micro-batch: so 1x8 = 2x4 = 8x1 = two processes, and a
 resumed run needs no saved generator.
 """
 

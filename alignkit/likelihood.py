@@ -1,8 +1,8 @@
 """The one place where policy and reference meet on the same draw.
 
 For text the log-likelihood is deterministic. For diffusion it is a Monte-Carlo estimate, and a
-difference of two estimates on different draws is noise: so the draw is made here, once, and both models
-see it.
+difference of two estimates on different draws is noise: so the draw is made here, once, and both
+models see it.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The methods that `align()` knows: what to optimise, named by the caller and never guessed.
 
-A method is a frozen value. It says which rows it needs and which paper it is; the objective it becomes is
-built by the roof. Nothing heavy is imported here.
+A method is a frozen value. It says which rows it needs and which paper it is; the objective it
+becomes is built by the roof. Nothing heavy is imported here.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ class DPO:
     Attributes:
         loss: a name of `alignkit.losses.PREFERENCE_LOSSES`, or a function
             `(scores: PairScores, *, beta) -> (B,)` of your own.
-        beta: strength of the KL to the reference; None takes that loss's default for the wing, which
-            is printed. Text: per nat of the summed log-ratio. Images: the convention of Wallace et
-            al., mean squared error with one half (5000 for SDXL at 1024 px).
+        beta: strength of the KL to the reference; None takes that loss's default for the wing,
+            which is printed. Text: per nat of the summed log-ratio. Images: the convention of
+            Wallace et al., mean squared error with one half (5000 for SDXL at 1024 px).
         keywords: the loss's own options, such as `label_smoothing`.
     """
 

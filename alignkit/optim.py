@@ -16,7 +16,7 @@ from alignkit.options import TrainerOptions
 def make_optimizer(
     parameters: Sequence[nn.Parameter], options: TrainerOptions, learning_rate: float
 ) -> torch.optim.Optimizer:
-    """The optimizer over float32 master weights; weight decay spares biases and norms (ndim < 2)."""
+    """The optimizer over float32 master weights; decay spares biases and norms (ndim < 2)."""
     groups = [
         {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": options.weight_decay},
         {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},

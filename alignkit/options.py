@@ -37,7 +37,7 @@ def _share(owner: str, **values: float) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class EarlyStop:
-    """Stop when `metric` (a name of the evaluation's metrics) has not improved for `patience` evaluations."""
+    """Stop when an evaluation's `metric` has not improved for `patience` evaluations."""
 
     metric: str
     patience: int = 3
@@ -54,15 +54,15 @@ class TrainerOptions:
     Attributes:
         max_steps: optimizer steps.
         epochs: passes over offline data. With neither given, one epoch; both together are refused.
-        batch_size: examples (pairs, groups) one optimizer step sees in total, over all processes and
-            accumulation. Batches run on across epochs; no row is dropped.
+        batch_size: examples (pairs, groups) one optimizer step sees in total, over all processes
+            and accumulation. Batches run on across epochs; no row is dropped.
         micro_batch: examples per forward, or "auto" by a token or pixel budget.
         learning_rate: None takes the default of the method and wing, which is printed.
         warmup: a share of all steps (float below 1) or a number of steps (int).
         precision: "auto" is bf16 on GPUs that have it and fp32 elsewhere. What is trained always
             keeps float32 master values.
-        gradient_checkpointing: "auto" is off on CPUs; on GPUs it is on for text, and for images where
-            one pair would not fit without.
+        gradient_checkpointing: "auto" is off on CPUs; on GPUs it is on for text, and for images
+            where one pair would not fit without.
         save_every: steps between checkpoints; None saves none but the finished model.
         keep_best: name of an evaluation metric; the best checkpoint is kept beside the newest ones.
         trackers: accelerate's tracker names, such as "tensorboard" or "wandb".
@@ -106,7 +106,8 @@ class TrainerOptions:
         _not_negative("trainer", warmup=self.warmup, weight_decay=self.weight_decay)
         if isinstance(self.warmup, float) and self.warmup > 1:
             raise ConfigError(
-                f"trainer.warmup as a float is a share of all steps, at most 1.0; got {self.warmup}. "
+                "trainer.warmup as a float is a share of all steps, at most 1.0; got "
+                f"{self.warmup}. "
                 f"For {self.warmup:g} steps write the integer {int(self.warmup)}."
             )
         for name in ("keep_best", "early_stop"):
@@ -125,7 +126,8 @@ class TextOptions:
     Attributes:
         max_length: longest prompt + completion in tokens.
         truncation: what is cut from longer rows: "keep_start" cuts the completion's end (and then
-            the prompt's end), "keep_end" the prompt's start; counted and warned of. "error" refuses.
+            the prompt's end), "keep_end" the prompt's start; counted and warned of. "error"
+            refuses.
         on_bad_row: what happens to rows that cannot be used: "error", or "skip" (counted).
         identical_pairs: pairs whose two answers are the same teach nothing; skipped and counted.
         columns: our column name -> the data's.
@@ -234,7 +236,7 @@ class AdapterReference:
 
 @dataclass(frozen=True)
 class EMAReference:
-    """The reference is an exponential moving average of the policy: ref <- decay ref + (1 - decay) policy."""
+    """A moving average of the policy: ref <- decay ref + (1 - decay) policy."""
 
     decay: float
     every: int = 1

@@ -1,4 +1,4 @@
-"""From options to parts: which wing, which reference, which objective, with which numbers filled in."""
+"""From options to parts: wing, reference and objective, with the open numbers filled in."""
 
 from __future__ import annotations
 
@@ -48,7 +48,8 @@ def modality_of(policy: Any) -> str:
             return "image"
         if "PreTrainedModel" in names or "PeftModel" in names:
             raise ConfigError(
-                f"A language model in hand comes with its tokenizer: policy=({type(policy).__name__}"
+                "A language model in hand comes with its tokenizer: "
+                f"policy=({type(policy).__name__}"
                 "(...), tokenizer)."
             )
         raise ConfigError(
@@ -91,7 +92,8 @@ def _neither(policy: str) -> str:
     path = Path(policy)
     if (path / "pytorch_lora_weights.safetensors").exists():
         return (
-            f"{policy} is a LoRA of a diffusers pipeline, without its base. Give the base as policy and "
+            f"{policy} is a LoRA of a diffusers pipeline, without its base. Give the base as "
+            "policy and "
             f"adapter=LoRA(continue_from={policy!r})."
         )
     fix = f" Did you mean {str(path / 'model')!r}?" if (path / "model").is_dir() else ""

@@ -74,8 +74,8 @@ class Trainable:
     """What an objective trains.
 
     Attributes:
-        modules: name -> module to be wrapped (DDP, FSDP2). The runtime gives the wrapped module back
-            through `replace`, because forwards must go through the wrapper.
+        modules: name -> module to be wrapped (DDP, FSDP2). The runtime gives the wrapped module
+            back through `replace`, because forwards must go through the wrapper.
         replace: called with (name, wrapped module).
     """
 
@@ -109,7 +109,10 @@ class Objective(Protocol):
         ...
 
     def prepare(self, runtime: Any) -> None:
-        """Place what the objective owns besides `trainable`. Called once, after those are placed."""
+        """Place what the objective owns besides `trainable`.
+
+        Called once, after those are placed.
+        """
         ...
 
     def rows_of(self, micro: Any) -> list[int]:
@@ -229,11 +232,14 @@ class Wing(Protocol):
         ...
 
     def examples(self, data: Any, options: Any, *, kind: str, seed: int) -> Examples:
-        """Read, check and prepare rows. `kind` is "pairs" (later "groups", "unpaired", "sft", "prompts")."""
+        """Read, check and prepare rows.
+
+        `kind` is "pairs" (later "groups", "unpaired", "sft", "prompts").
+        """
         ...
 
     def sample(self, prompts: Sequence[Any], options: GenerationOptions, *, seed: int) -> list[Any]:
-        """One answer per prompt (strings, or PIL images), each keyed by (seed, its prompt's place)."""
+        """One answer per prompt (strings or PIL images), each keyed by (seed, its place)."""
         ...
 
     def prompts(self, data: Any, options: Any, limit: int) -> list[Any]:
@@ -241,7 +247,7 @@ class Wing(Protocol):
         ...
 
     def describe(self) -> dict[str, Any]:
-        """Facts for the report: class, parameters, trained parameters, dtype, unit of the log-ratio."""
+        """Facts for the report: class, parameters, trained parameters, dtype, unit ..."""
         ...
 
     def prompt_text(self, prompt: Any) -> str:

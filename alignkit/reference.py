@@ -1,7 +1,7 @@
 """The frozen comparison, in its several forms.
 
-Every one is a snapshot of the model handed in, taken when training starts; none is ever reloaded from
-the model's name. Dropout plays no part: wings evaluate with it off.
+Every one is a snapshot of the model handed in, taken when training starts; none is ever reloaded
+from the model's name. Dropout plays no part: wings evaluate with it off.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from alignkit.batches import Batch, Likelihood
 from alignkit.protocols import Backend, Draw
@@ -84,10 +85,11 @@ class AdapterOff(_Stateless):
 
 
 class FrozenAdapter(_Stateless):
-    """The policy with its trained parameters as they were at the start: the reference of a continued adapter.
+    """The policy with its trained parameters as they were at the start: the reference of a
+    continued adapter.
 
-    Switching the adapter off would compare with the base, although the start was the adapter. Only the
-    trained tensors are kept twice; they are exchanged for the time of a forward.
+    Switching the adapter off would compare with the base, although the start was the adapter. Only
+    the trained tensors are kept twice; they are exchanged for the time of a forward.
     """
 
     def __init__(self, backend: Backend) -> None:
@@ -96,9 +98,10 @@ class FrozenAdapter(_Stateless):
         self.snapshot: list[Tensor] = []
 
     def prepare(self, runtime: Any) -> None:
-        # After placement and before the first step, so that sharded parameters give their own shards.
+        # After placement and before the first step, so that sharded parameters give their own
+        # shards.
         self.parameters = [p for p in self.backend.module.parameters() if p.requires_grad]
-        self.snapshot = [p.detach().clone() for p in self.parameters]
+        self.snapshot = [own.clone() for own in self._own()]
 
     def log_likelihood(self, batch: Batch, draw: Draw, want: frozenset[str]) -> Likelihood:
         with self._exchanged():
@@ -106,11 +109,20 @@ class FrozenAdapter(_Stateless):
 
     @contextmanager
     def _exchanged(self) -> Iterator[None]:
-        with torch.no_grad():
-            trained = [p.detach().clone() for p in self.parameters]
-            torch._foreach_copy_(self.parameters, self.snapshot)
+        trained = [own.clone() for own in self._own()]
+        self._put(self.snapshot)
         try:
             yield
         finally:
-            with torch.no_grad():
-                torch._foreach_copy_(self.parameters, trained)
+            self._put(trained)
+
+    def _own(self) -> list[Tensor]:
+        """The trained tensors, or this process's shards of them."""
+        held = [p.detach() for p in self.parameters]
+        return [p.to_local() if isinstance(p, DTensor) else p for p in held]
+
+    def _put(self, values: list[Tensor]) -> None:
+        torch._foreach_copy_(self._own(), values)
+        # FSDP2 keeps its root whole after a forward, and would go on computing with that copy.
+        if hasattr(self.backend.module, "reshard"):
+            self.backend.module.reshard()  # type: ignore[operator]

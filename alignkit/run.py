@@ -15,6 +15,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from alignkit import checkpoint
+from alignkit.atomic import atomic_folder
 from alignkit.batches import StepRecord
 from alignkit.cite import citations
 from alignkit.config import RunConfig
@@ -23,7 +24,6 @@ from alignkit.model_card import model_card
 from alignkit.options import GenerationOptions
 from alignkit.protocols import Wing
 from alignkit.report import write_report
-from alignkit.atomic import atomic_folder
 from alignkit.run_folder import RunFolder
 from alignkit.runtime import full
 from alignkit.sources import RowSource
@@ -73,7 +73,8 @@ class AlignResult:
 class Run:
     """A built run. `steps()` is the training loop in the open; `finish()` gives the result.
 
-    Made by `alignkit.build`. Stop early by leaving the loop; `finish()` then keeps what was reached.
+    Made by `alignkit.build`. Stop early by leaving the loop; `finish()` then keeps what was
+    reached.
     """
 
     def __init__(
@@ -187,7 +188,8 @@ class Run:
             from alignkit.errors import ConfigError
 
             raise ConfigError(
-                f"{metric!r} is no metric of the evaluation. Its metrics: {', '.join(sorted(found))}."
+                f"{metric!r} is no metric of the evaluation. Its metrics: "
+                f"{', '.join(sorted(found))}."
             )
         lower_is_better = stop.mode == "min" if stop else metric.endswith("loss")
         value = -found[metric] if lower_is_better else found[metric]
@@ -223,7 +225,7 @@ class Run:
         self.runtime.barrier()
 
     def _sample(self, step: int) -> None:
-        """Answer the report's prompts. Sharded weights cannot: their forwards need all processes."""
+        """Answer the report's prompts. Sharded weights cannot: that needs all processes."""
         if self.folder is None or not self.prompts or self.runtime.sharding != "none":
             return
         if self.writes:

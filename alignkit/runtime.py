@@ -1,8 +1,8 @@
 """Devices, processes and sharding: the only place that knows ranks and what wraps a module.
 
 accelerate finds the device and the processes (`accelerate launch`) and wraps modules for data
-parallelism; FSDP2 is torch's own `fully_shard`. Precision is the wings' affair: their modules run under
-autocast themselves, so that policy and reference compute alike.
+parallelism; FSDP2 is torch's own `fully_shard`. Precision is the wings' affair: their modules run
+under autocast themselves, so that policy and reference compute alike.
 """
 
 from __future__ import annotations
@@ -40,7 +40,8 @@ class Runtime:
         from accelerate import Accelerator
         from accelerate.utils import DistributedDataParallelKwargs
 
-        # One bucketed all-reduce per optimizer step; buffers of a frozen-statistics model never move.
+        # One bucketed all-reduce per optimizer step; buffers of a frozen-statistics model never
+        # move.
         ddp = DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)
         self.accelerator = Accelerator(
             mixed_precision="no",
@@ -57,7 +58,8 @@ class Runtime:
         if sharding == "fsdp2" and self.size == 1 and not dist.is_initialized():
             raise ConfigError(
                 'trainer.sharding="fsdp2" shards over processes, and there is one. Start with '
-                "`accelerate launch --num_processes N`, or leave sharding out."
+                "`accelerate launch --num_processes N` (on CPUs `torchrun --nproc_per_node N`), or "
+                "leave sharding out."
             )
         if self.size > 1:
             # Small host numbers travel over gloo, so that they never wait for the device.
@@ -119,7 +121,8 @@ class Runtime:
     def place_frozen(self, module: nn.Module) -> nn.Module:
         """A module that is only evaluated: on the device, and sharded where the policy is."""
         if self.sharding == "fsdp2":
-            return _shard(module, self._mesh())
+            # The root too: without a backward nothing else would ever give its shards back.
+            return _shard(module, self._mesh(), reshard_root=True)
         return module.to(self.device)
 
     def _mesh(self) -> Any:
@@ -137,7 +140,10 @@ class Runtime:
             yield
 
     def backward(self, loss: Tensor) -> None:
-        """Add the gradient of a summed loss. Wrappers average over processes, so it is scaled up."""
+        """Add the gradient of a summed loss.
+
+        Wrappers average over processes, so it is scaled up.
+        """
         loss = loss * self.size
         (loss if self.scaler is None else self.scaler.scale(loss)).backward()
 
@@ -161,14 +167,18 @@ class Runtime:
         return peak if sys.platform == "darwin" else peak * 1024
 
 
-def _shard(module: nn.Module, mesh: Any) -> nn.Module:
-    """FSDP2 on the blocks and then on the whole likelihood module, whose forward is the root."""
+def _shard(module: nn.Module, mesh: Any, reshard_root: bool | None = None) -> nn.Module:
+    """FSDP2 on the blocks and then on the whole likelihood module, whose forward is the root.
+
+    `reshard_root`: whether the root is sharded again after its forward; None leaves it to torch,
+    which keeps it whole for the backward.
+    """
     from torch.distributed.fsdp import fully_shard
 
     units: list[nn.Module] = module.shard_units()  # type: ignore[operator]
     for unit in units:
         fully_shard(unit, mesh=mesh)
-    fully_shard(module, mesh=mesh)
+    fully_shard(module, mesh=mesh, reshard_after_forward=reshard_root)
     return module
 
 
@@ -186,7 +196,7 @@ def like(value: Tensor, target: Tensor) -> Tensor:
 
 
 def pick_precision(wanted: str) -> str:
-    """ "auto" as "bf16" on GPUs that have it and "fp32" elsewhere; refuses what the device lacks."""
+    """ "auto" is "bf16" on GPUs that have it, else "fp32"; what the device lacks is refused."""
     cuda = torch.cuda.is_available()
     if wanted == "auto":
         return "bf16" if cuda and torch.cuda.is_bf16_supported() else "fp32"

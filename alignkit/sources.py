@@ -18,9 +18,10 @@ from alignkit.protocols import Collective, Examples
 class RowSource:
     """Global batches of `batch_size` rows, run on across epochs; this process's share of each.
 
-    The order of epoch e is a permutation keyed by (seed, e), so that the whole state is one number: how
-    many rows have been consumed. Rows go to processes in contiguous blocks; which process sees a row
-    changes nothing, because draws are keyed by the row's position in the global batch.
+    The order of epoch e is a permutation keyed by (seed, e), so that the whole state is one
+    number: how many rows have been consumed. Rows go to processes in contiguous blocks; which
+    process sees a row changes nothing, because draws are keyed by the row's position in the global
+    batch.
 
     Args:
         examples: the wing's prepared rows.

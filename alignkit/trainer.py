@@ -1,8 +1,8 @@
 """The training loop: accumulate, backward, clip, step, yield a record.
 
 It knows no modality and no algorithm: an objective turns batches into summed losses, a source gives
-batches. It is final. Whoever wants to evaluate, save, print or stop early writes a loop around `steps()`;
-what seems to need a change here needs another objective, another source, or such a loop.
+batches. It is final. Whoever wants to evaluate, save, print or stop early writes a loop around
+`steps()`; what seems to need a change here needs another objective, another source, or such a loop.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ class Trainer:
         learning_rate: the peak rate; `options.learning_rate` when left out.
 
     Raises:
-        ConfigError: if neither the options nor the source say how many steps there are, or no learning
-            rate is given.
+        ConfigError: if neither the options nor the source say how many steps there are, or no
+            learning rate is given.
     """
 
     def __init__(
@@ -125,7 +125,7 @@ class Trainer:
         return StepRecord(step, loss, norm, rate, metrics, time.perf_counter() - started)
 
     def _accumulate(self, batch: Batch, step: int) -> tuple[float, float]:
-        """Gradients of the mean loss over the global batch: (loss, gradient norm), one device read."""
+        """Gradients of the global mean loss: returns (loss, gradient norm), one device read."""
         normaliser = float(self.runtime.sum(self.objective.normaliser(batch)))
         if normaliser <= 0:
             raise DataError(f"All rows of step {step} have weight 0, so there is nothing to learn.")
@@ -150,7 +150,8 @@ class Trainer:
     def _finite_gradient(self, norm: float) -> bool:
         if norm == norm and norm != float("inf"):
             return True
-        # Under fp16 an overflow is how the gradient scale is found: the scaler skips the step itself.
+        # Under fp16 an overflow is how the gradient scale is found: the scaler skips the step
+        # itself.
         self.skipped_steps += self.runtime.scaler is not None
         return self.runtime.scaler is not None
 
@@ -164,11 +165,15 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         rows = sorted(set(self.runtime.gather(torch.tensor(rows, dtype=torch.int64)).tolist()))
         if not rows:
-            named = f"No single row's loss is to blame; the batch held rows {_some(batch.row_id.tolist())}"
+            named = (
+                "No single row's loss is to blame; the batch held rows "
+                f"{_some(batch.row_id.tolist())}"
+            )
         else:
             named = f"Rows whose loss is not finite: {_some(rows)}"
         raise NonFiniteError(
-            f"Step {step} stopped before its update: the loss must be finite, and it is {loss}, with a "
+            f"Step {step} stopped before its update: the loss must be finite, and it is {loss}, "
+            "with a "
             f"gradient norm of {norm}. {named}. Look at these rows and at the weights (NaN in the "
             "checkpoint?), or lower the learning rate."
         )
@@ -182,7 +187,8 @@ class Trainer:
 
     def _reduce_metrics(self) -> dict[str, float]:
         """Means since the last logged step: one packed reduction, one device read."""
-        names = list(self._pending)
+        # Sorted: after a resume the main process alone holds some, in the checkpoint's order.
+        names = sorted(self._pending)
         if not names:
             return {}
         packed = torch.stack([torch.stack(self._pending[name]).double() for name in names])
@@ -196,8 +202,8 @@ class Trainer:
     def evaluate(self, batches: Iterable[Batch]) -> dict[str, float]:
         """Means of the objective's metrics over the given global batches, without training.
 
-        The draws are keyed by step 0 and the row's place among all of them, so that every evaluation of
-        a run sees the same ones.
+        The draws are keyed by step 0 and the row's place among all of them, so that every
+        evaluation of a run sees the same ones.
         """
         kept, self._pending = self._pending, {}
         seen = 0
@@ -225,7 +231,7 @@ class Trainer:
         }
 
     def _pending_state(self) -> dict[str, Tensor]:
-        """Metrics since the last logged step, summed over processes (and kept so on the main one)."""
+        """Metrics since the last logged step, summed over processes."""
         return {
             name: self.runtime.sum(torch.stack(pair).double())
             for name, pair in sorted(self._pending.items())
@@ -250,7 +256,8 @@ class Trainer:
         if set(saved) != set(self.parameters):
             missing = sorted(set(self.parameters) ^ set(saved))
             raise CheckpointError(
-                f"The checkpoint trains other parameters than this run: {_some(missing)} are only in "
+                f"The checkpoint trains other parameters than this run: {_some(missing)} are "
+                "only in "
                 'one of them. Use the same policy and adapter, or start anew with resume="never".'
             )
         with torch.no_grad():
@@ -279,7 +286,7 @@ class Trainer:
 
 
 def _place(value: Any, parameter: nn.Parameter) -> Any:
-    """An optimizer's tensor as its parameter is placed; its step counter and the like stay whole."""
+    """An optimizer's tensor as its parameter is placed; its step counter stays whole."""
     if not isinstance(value, Tensor):
         return value
     if value.shape == parameter.shape and value.is_floating_point():

@@ -54,9 +54,10 @@ def sample_images(
         for start in tqdm(starts, desc="Sampling images", leave=False, disable=None):
             part = list(prompts[start : start + chunk])
             noise = [_generator(seed, start + i) for i in range(len(part))]
+            embedded = _embed(pipe, part, device)
             with autocast(device, precision):
                 latents = sampler(
-                    part,
+                    **embedded,
                     num_inference_steps=options.steps,
                     guidance_scale=options.guidance_scale,
                     height=height,
@@ -86,17 +87,36 @@ def _size(pipe: Any, autoencoder: Autoencoder, options: GenerationOptions) -> tu
 
 
 def _sampler(pipe: Any) -> Any:
-    """The same weights with a scheduler of their own: sampling moves a scheduler's state."""
+    """The UNet and a scheduler of its own: sampling moves a scheduler's state.
+
+    Encoders and decoder work in dtypes, and on devices, of their own; so they do their part
+    outside.
+    """
     from diffusers import StableDiffusionXLPipeline
 
     scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config)
+    without = {"text_encoder": None, "text_encoder_2": None}
     sampler = StableDiffusionXLPipeline(
-        **{**pipe.components, "scheduler": scheduler},
+        **{**pipe.components, **without, "scheduler": scheduler},
         force_zeros_for_empty_prompt=pipe.config.force_zeros_for_empty_prompt,
         add_watermarker=False,
     )
+    sampler.vae = None  # its scale was read above
     sampler.set_progress_bar_config(disable=True)
     return sampler
+
+
+def _embed(pipe: Any, prompts: Sequence[str], device: torch.device) -> dict[str, torch.Tensor]:
+    """Embeddings of the prompts and of their empty counterparts, float32."""
+    hidden, negative_hidden, pooled, negative_pooled = pipe.encode_prompt(
+        list(prompts), device=device, do_classifier_free_guidance=True
+    )
+    return {
+        "prompt_embeds": hidden.float(),
+        "negative_prompt_embeds": negative_hidden.float(),
+        "pooled_prompt_embeds": pooled.float(),
+        "negative_pooled_prompt_embeds": negative_pooled.float(),
+    }
 
 
 def _generator(seed: int, place: int) -> torch.Generator:

@@ -32,7 +32,8 @@ def main() -> None:
         )
         for name in names
     ]
-    if any([process.wait() for process in running]):
+    codes = [process.wait() for process in running]
+    if any(codes):
         sys.exit("A model could not be made; see above.")
     size = sum(file.stat().st_size for file in given.out.rglob("*") if file.is_file())
     print(f"{given.out}: {size / 2**20:.1f} MiB")

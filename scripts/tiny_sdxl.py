@@ -34,9 +34,9 @@ SIDE = 64
 TOKENS = 32
 VAE_STEPS = 6000
 VAE_BATCH = 8
-UNET_STEPS = 5500
+UNET_STEPS = 5000
 UNET_BATCH = 64
-SCENES = 48_000
+SCENES = 32_000
 CAPTION_DROPOUT = 0.1
 KL_WEIGHT = 1e-4
 SHAPE_WEIGHT = 6.0
@@ -75,14 +75,18 @@ def build_pipeline() -> StableDiffusionXLPipeline:
     tokenizer = build_tokenizer()
     text = CLIPTextModel(_text_config(tokenizer, width=32))
     text_2 = CLIPTextModelWithProjection(_text_config(tokenizer, width=48))
+    for name, weight in [*text.named_parameters(), *text_2.named_parameters()]:
+        # SDXL reads hidden states before any norm: CLIP's own 0.02 would hardly reach the UNet.
+        if name.endswith("embedding.weight"):
+            nn.init.normal_(weight, std=0.5)
     width_2 = text_2.config.projection_dim
     unet = UNet2DConditionModel(
         sample_size=SIDE // 8,
         in_channels=4,
         out_channels=4,
         block_out_channels=(64, 96),
-        down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
         layers_per_block=1,
         transformer_layers_per_block=1,
         attention_head_dim=(2, 3),
@@ -174,10 +178,32 @@ def train_vae(vae: AutoencoderKL, rng: np.random.Generator, steps: int) -> None:
 @torch.no_grad()
 def encode_all(vae: AutoencoderKL, pictures: Tensor) -> Tensor:
     """Posterior means of all pictures, scaled to unit deviation (the scale goes to the config)."""
-    means = [vae.encode(scaled(batch)).latent_dist.mean for batch in pictures.split(256)]
-    latents = torch.cat(means).contiguous()
+    latents = _means(vae, pictures)
+    _balance(vae, latents.mean((0, 2, 3)), latents.std((0, 2, 3)))
+    latents = _means(vae, pictures)
     vae.register_to_config(scaling_factor=float(1 / latents.std()))
     return latents * vae.config.scaling_factor
+
+
+def _means(vae: AutoencoderKL, pictures: Tensor) -> Tensor:
+    batches = [vae.encode(scaled(batch)).latent_dist.mean for batch in pictures.split(256)]
+    return torch.cat(batches).contiguous()
+
+
+def _balance(vae: AutoencoderKL, mean: Tensor, deviation: Tensor) -> None:
+    """Give all latent channels mean 0 and one deviation, without changing any reconstruction.
+
+    The epsilon loss weighs channels alike, whereas the VAE leaves some five times as wide as
+    others.  The change is exact: it is folded into the 1x1 convolutions around the latents.
+    """
+    narrow, wide = vae.quant_conv, vae.post_quant_conv
+    factor = deviation.square().mean().sqrt() / deviation
+    channels = len(factor)
+    narrow.weight[:channels] *= factor.view(-1, 1, 1, 1)
+    narrow.bias[:channels] = (narrow.bias[:channels] - mean) * factor
+    narrow.bias[channels:] += 2 * factor.log()
+    wide.bias += wide.weight[:, :, 0, 0] @ mean
+    wide.weight /= factor.view(1, -1, 1, 1)
 
 
 def embed(pipe: StableDiffusionXLPipeline, ids: Tensor) -> tuple[Tensor, Tensor]:
@@ -277,10 +303,10 @@ def make(
 ) -> None:
     """Train the pipeline and write it to ``out_dir``."""
     torch.manual_seed(seed)
-    rng = np.random.default_rng(seed)
     pipe = build_pipeline()
-    train_vae(pipe.vae, rng, vae_steps)
-    captions, pictures = draw_pictures(scenes, rng)
+    train_vae(pipe.vae, np.random.default_rng([seed, 0]), vae_steps)
+    torch.manual_seed(seed)
+    captions, pictures = draw_pictures(scenes, np.random.default_rng([seed, 1]))
     ids = pipe.tokenizer(
         captions, padding="max_length", max_length=TOKENS, return_tensors="pt"
     ).input_ids

@@ -24,15 +24,16 @@ def test_win_rate_counts_ties_half_and_leaves_missing_out() -> None:
     assert rate.low <= rate.value <= rate.high
 
 
-def test_win_rate_interval_is_the_exact_bootstrap_over_prompts() -> None:
-    # Five prompts: all 5^5 resamples can be enumerated.
-    before, after = [0.0] * 5, [1.0, 1.0, 1.0, 0.0, -1.0]
-    outcome = np.array([1, 1, 1, 0.5, 0])
-    means = [outcome[list(pick)].mean() for pick in itertools.product(range(5), repeat=5)]
-    exact = np.quantile(means, [0.05, 0.95])
-    rate = win_rate(before, after, confidence=0.9, num_resamples=200_000)
+@pytest.mark.parametrize("confidence", [0.5, 0.8, 0.95])
+def test_win_rate_interval_is_the_exact_bootstrap_over_prompts(confidence: float) -> None:
+    # Six prompts, three of them ties: all 6^6 resamples can be enumerated.
+    before, after = [0.0] * 6, [1.0, 1.0, 0.0, 0.0, 0.0, -1.0]
+    outcome = np.array([1, 1, 0.5, 0.5, 0.5, 0])
+    means = outcome[np.array(list(itertools.product(range(6), repeat=6)))].mean(axis=1)
+    exact = np.quantile(means, [0.5 - confidence / 2, 0.5 + confidence / 2])
+    rate = win_rate(before, after, confidence=confidence, num_resamples=200_000)
     assert (rate.low, rate.high) == pytest.approx(tuple(exact), abs=1e-9)
-    assert rate.confidence == 0.9
+    assert rate.confidence == confidence
 
 
 def test_win_rate_interval_covers_the_truth_as_often_as_it_says() -> None:

@@ -56,7 +56,8 @@ def _make_room(out: Path) -> None:
     if out.exists() and any(out.iterdir()):
         if not (out / _MARK).exists():
             raise ConfigError(
-                f"The demo writes to a folder of its own, and {out} holds other files. Name an empty "
+                f"The demo writes to a folder of its own, and {out} holds other files. Name an "
+                "empty "
                 "or new one with --out."
             )
         shutil.rmtree(out)

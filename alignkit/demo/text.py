@@ -61,8 +61,8 @@ def run_text(folder: Path, size: TextDemo) -> tuple[AlignResult, list[Evaluation
         pass
     result = run.finish()
     after = result.sample(asked, seed=1)
-    rows = [win_row(prompts, before, after, known_reward)]
-    return result, rows + _drift(run, asked, before, after)
+    wins = win_row(prompts, before, after, known_reward)
+    return result, [wins, *_drift(run, asked, before, after)]
 
 
 def _drift(run: Run, asked: list[Any], before: list[str], after: list[str]) -> list[EvaluationRow]:

@@ -14,11 +14,15 @@ def check_equal_shapes(owner: str, **tensors: Tensor | None) -> None:
     A (4, 1) tensor against a (4,) one would broadcast to (4, 4) and train on nonsense in silence.
     """
     shapes = {name: tuple(t.shape) for name, t in tensors.items() if t is not None}
-    first_name, first = next(iter(shapes.items()))
+    # Named against a proper vector where there is one.
+    good_name = next(
+        (name for name, shape in shapes.items() if len(shape) == 1), next(iter(shapes))
+    )
+    good = shapes[good_name]
     for name, shape in shapes.items():
-        if len(shape) != 1 or shape != first:
+        if len(shape) != 1 or shape != good:
             raise ValueError(
-                f"{owner} needs vectors of one length, (B,); got {first_name} {first} and "
+                f"{owner} needs vectors of one length, (B,); got {good_name} {good} and "
                 f"{name} {shape}. Squeeze or gather them to the same (B,) first."
             )
 
@@ -29,7 +33,8 @@ class PairScores:
 
     Attributes:
         policy_chosen, policy_rejected: (B,) log-likelihoods under the policy.
-        reference_chosen, reference_rejected: (B,) under the reference; zeros for losses without one.
+        reference_chosen, reference_rejected: (B,) under the reference; zeros for losses without
+            one.
         chosen_length, rejected_length: (B,) completion tokens, where a loss averages per token.
         weight: (B,) applied by the objective, not by the loss.
         target_margin: (B,) offset that the data asks for; subtracted from the logit after beta.
@@ -65,7 +70,10 @@ class PairScores:
         return self.chosen - self.rejected
 
     def swapped(self) -> PairScores:
-        """The same pairs with the opposite label. `target_margin` still favours the labelled winner."""
+        """The same pairs with the opposite label.
+
+        `target_margin` still favours the labelled winner.
+        """
         return replace(
             self,
             policy_chosen=self.policy_rejected,

@@ -1,8 +1,9 @@
 """Preference optimisation from pairs: likelihoods in, a summed loss and its metrics out.
 
-One forward of policy and reference per micro-batch on a shared draw (alignkit.likelihood), four numbers
-per pair into a pure loss (alignkit.losses), the weighted *sum* out. The trainer divides once by the sum of
-weights over the global batch, so that no split into micro-batches or processes changes a result.
+One forward of policy and reference per micro-batch on a shared draw (alignkit.likelihood), four
+numbers per pair into a pure loss (alignkit.losses), the weighted *sum* out. The trainer divides
+once by the sum of weights over the global batch, so that no split into micro-batches or processes
+changes a result.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Preference rows as token ids: rendered once, tokenised once per distinct text, cut by stated rules."""
+"""Preference rows as token ids: each text rendered and tokenised once, cut by stated rules."""
 
 from __future__ import annotations
 
@@ -76,9 +76,9 @@ def read_pairs(rows: Any, tokenizer: Any, options: TextOptions) -> TextPairs:
     """Check, tokenise and cut preference rows.
 
     Args:
-        rows: sequence of dicts with `prompt`, `chosen`, `rejected` (strings or messages), or `chosen`
-            and `rejected` sharing their first part, or `prompt_ids`, `chosen_ids`, `rejected_ids`;
-            optional `weight`, `margin`, `p_chosen`.
+        rows: sequence of dicts with `prompt`, `chosen`, `rejected` (strings or messages), or
+            `chosen` and `rejected` sharing their first part, or `prompt_ids`, `chosen_ids`,
+            `rejected_ids`; optional `weight`, `margin`, `p_chosen`.
         tokenizer: of the policy; not changed.
         options: limits and policies.
 
@@ -210,15 +210,16 @@ class _Reader:
             self.skipped[str(error)] += 1
             return True
         raise DataError(
-            f"Row {self.number} of {self.name} cannot be used: {error}. Mend the row, or leave such "
+            f"Row {self.number} of {self.name} cannot be used: {error}. Mend the row, or leave "
+            "such "
             'rows out, counted, with data_options.on_bad_row="skip".'
         ) from None
 
     def split(self, item: Rendered, tokens: Mapping[tuple[str, bool], Ids]) -> tuple[Ids, Ids, Ids]:
         """Prompt and completions by token ids.
 
-        The prompt ends where the ids of prompt and answers part. Where the tokenizer merges the prompt's
-        last characters with the answer's first, that token belongs to the completion.
+        The prompt ends where the ids of prompt and answers part. Where the tokenizer merges the
+        prompt's last characters with the answer's first, that token belongs to the completion.
         """
         full = [self._closed(tokens[text, item.chat], item) for text in item.full]
         known = full if item.prompt is None else [tokens[item.prompt, item.chat], *full]
@@ -231,7 +232,10 @@ class _Reader:
         return prompt, full[0][boundary:], full[1][boundary:]
 
     def _closed(self, ids: Ids, item: Rendered) -> Ids:
-        """Plain text ends with eos, once; a chat template ends turns itself. BOS is never doubled."""
+        """Plain text ends with eos, once; a chat template ends turns itself.
+
+        BOS is never doubled.
+        """
         if item.chat:
             return ids
         if len(ids) > 1 and self.bos is not None and ids[0] == ids[1] == self.bos:
@@ -265,7 +269,8 @@ class _Reader:
         if np.array_equal(chosen, rejected) and self.options.identical_pairs != "keep":
             if self.options.identical_pairs == "error":
                 raise DataError(
-                    f"Row {number} of {self.name}: chosen and rejected are the same. Remove the row, or "
+                    f"Row {number} of {self.name}: chosen and rejected are the same. Remove the "
+                    "row, or "
                     'set data_options.identical_pairs to "skip" or "keep".'
                 )
             self.skipped["chosen and rejected are the same"] += 1

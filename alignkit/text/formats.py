@@ -1,6 +1,8 @@
-"""What a text row may look like, brought to one form: rendered strings with the prompt as their first part.
+"""What a text row may look like, brought to one form: rendered strings with the prompt as their
+first part.
 
-A chat template is applied here once, by message lists; strings are taken as they are. Nothing is cut on
+A chat template is applied here once, by message lists; strings are taken as they are. Nothing is
+cut on
 characters: the boundary between prompt and completion is found later, on token ids.
 """
 

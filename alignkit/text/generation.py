@@ -1,8 +1,9 @@
-"""Sampling answers with transformers' own generate, each answer keyed by (seed, its prompt's place).
+"""Sampling answers with transformers' own generate, each answer keyed by (seed, its prompt's
+place).
 
 `generate` draws a whole batch from one global generator, so that an answer would depend on its
-neighbours. Here the sampler is a logits processor: it picks one token per row by inverse transform of a
-counter-based uniform number and leaves `generate` nothing to choose.
+neighbours. Here the sampler is a logits processor: it picks one token per row by inverse transform
+of a counter-based uniform number and leaves `generate` nothing to choose.
 """
 
 from __future__ import annotations

@@ -1,9 +1,10 @@
 """Log-likelihoods of completions under a causal language model.
 
-    logps(y | x) = sum_t log p(y_t | x, y_<t)        nats, over completion tokens, closing eos included
+    logps(y | x) = sum_t log p(y_t | x, y_<t)        nats, over completion tokens, closing eos
+    included
 
-The log-softmax is in float32 whatever the model's dtype. Dropout is off: the model is evaluated in eval
-mode whatever its config says.
+The log-softmax is in float32 whatever the model's dtype. Dropout is off: the model is evaluated in
+eval mode whatever its config says.
 """
 
 from __future__ import annotations
@@ -118,7 +119,7 @@ class TextBackend:
 
 
 AUTO_TOKENS = 8192
-"""Padded tokens per micro-batch for "auto": about 1.3 GB of float32 logits at a vocabulary of 32,000."""
+"""Padded tokens per micro-batch for "auto": 1 GB of float32 logits at a vocabulary of 32,000."""
 
 
 def _by_length(batch: Batch, budget: int) -> list[list[int]]:

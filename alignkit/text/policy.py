@@ -1,4 +1,4 @@
-"""Loading causal language models and attaching adapters, without changing anything that is the caller's."""
+"""Loading causal language models and attaching adapters; what is the caller's stays as it is."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from alignkit.text.likelihood import repeated_layers
 def load(policy: Any, *, dtype: torch.dtype) -> tuple[Any, Any]:
     """(model, tokenizer) from a folder, a hub name, or the pair itself.
 
-    A folder with a PEFT adapter is loaded on its base, trainable. Weights come from safetensors only, and
-    no code of the repository is run.
+    A folder with a PEFT adapter is loaded on its base, trainable. Weights come from safetensors
+    only, and no code of the repository is run.
 
     Raises:
         ConfigError: if it is none of these, or has no tokenizer.
@@ -29,7 +29,8 @@ def load(policy: Any, *, dtype: torch.dtype) -> tuple[Any, Any]:
     if not isinstance(policy, (str, Path)):
         raise ConfigError(
             "A text policy is a folder, a hub name, or (model, tokenizer); got "
-            f"{type(policy).__name__}. A model in hand comes with its tokenizer: (model, tokenizer)."
+            f"{type(policy).__name__}. A model in hand comes with its tokenizer: (model, "
+            "tokenizer)."
         )
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -46,7 +47,8 @@ def load(policy: Any, *, dtype: torch.dtype) -> tuple[Any, Any]:
         tokenizer = AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError) as error:
         raise ConfigError(
-            f"The policy {name!r} could not be loaded as a causal language model with its tokenizer: "
+            f"The policy {name!r} could not be loaded as a causal language model with its "
+            "tokenizer: "
             f"{error}"
         ) from error
     return model, tokenizer
@@ -125,7 +127,8 @@ def _targets(model: Any, adapter: LoRA) -> list[str] | str:
         if chosen:
             return chosen
     raise ConfigError(
-        f"adapter.targets={adapter.targets!r} is not known for this model; use 'auto', 'attention', "
+        f"adapter.targets={adapter.targets!r} is not known for this model; use 'auto', "
+        "'attention', "
         "'attention+ff', 'all', or a list of module names."
     )
 
@@ -145,8 +148,9 @@ def _linear_names(model: Any) -> list[str]:
 def checkpoint_layers(model: Any) -> None:
     """Recompute the activations of each block in backward.
 
-    transformers checkpoints a layer only while its `training` flag is set, and the model is in eval mode so
-    that dropout is off: so the flag is set on the layers themselves and not on what they contain.
+    transformers checkpoints a layer only while its `training` flag is set, and the model is in
+    eval mode so that dropout is off: so the flag is set on the layers themselves and not on what
+    they contain.
     """
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     if not getattr(base, "supports_gradient_checkpointing", False):

@@ -38,8 +38,8 @@ def build(
         policy: folder, hub name, or (model, tokenizer); a model in hand trains in place.
         adapter: a LoRA to attach or continue; None trains all weights.
         device: where to compute.
-        precision: "fp32", "bf16" or "fp16" of frozen weights and of the arithmetic; trained weights are
-            float32 in any case.
+        precision: "fp32", "bf16" or "fp16" of frozen weights and of the arithmetic; trained
+            weights are float32 in any case.
         gradient_checkpointing: recompute block activations in backward; "auto" does so on GPUs.
         seed: of the adapter's initial weights.
 
@@ -114,7 +114,8 @@ class TextWing:
         )
         if top >= size:
             raise ConfigError(
-                f"The tokenizer gives id {top} and the model has {size} embeddings: they do not belong "
+                f"The tokenizer gives id {top} and the model has {size} embeddings: they do not "
+                "belong "
                 "together. Give the model's own tokenizer, or resize the embeddings."
             )
 

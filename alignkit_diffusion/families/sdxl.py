@@ -50,9 +50,10 @@ class SDXL:
         """Prompt features (N, L, D) and (N, P) of each image's group, time ids (N, 6) float32."""
         assert content.prompts.pooled is not None
         group = group.to(device)
+        # Float32 like the latents: text encoders may be in another dtype than the UNet computes in.
         return {
-            "hidden": content.prompts.hidden.to(device)[group],
-            "pooled": content.prompts.pooled.to(device)[group],
+            "hidden": content.prompts.hidden.to(device)[group].float(),
+            "pooled": content.prompts.pooled.to(device)[group].float(),
             "time_ids": content.geometry.to(device),
         }
 

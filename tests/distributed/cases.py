@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from alignkit import DPO, LoRA, TrainerOptions
+from alignkit import DPO, GenerationOptions, LoRA, TrainerOptions
 from alignkit.api import build
 from alignkit.run import Run
 from tests.builders import pair_rows, tiny_lm, tiny_tokenizer
@@ -34,7 +34,7 @@ def trainer(**changed: Any) -> TrainerOptions:
     options: dict[str, Any] = {
         "batch_size": 5,
         "micro_batch": 1,
-        "learning_rate": 3e-3,
+        "learning_rate": 1e-3,
         "warmup": 0,
         "precision": "fp32",
         "log_every": 1,
@@ -58,7 +58,7 @@ def _continued() -> Any:
     """A model that carries an adapter which has been trained already."""
     from peft import LoraConfig, get_peft_model
 
-    config = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
+    config = LoraConfig(r=4, target_modules=["q_proj", "lm_head"], task_type="CAUSAL_LM")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(1)
         model = get_peft_model(tiny_lm("llama"), config)
@@ -175,10 +175,12 @@ def play(
     folder.mkdir(parents=True, exist_ok=True)
     run = build(
         case.policy(),
-        DPO(beta=0.5) if not name.startswith("image") else DPO(),
+        DPO(beta=0.1) if not name.startswith("image") else DPO(),
         arguments.pop("data"),
         run_dir=run_dir or folder / "run",
         resume=resume,
+        generation=GenerationOptions(max_new_tokens=2)
+        if not name.startswith("image") else GenerationOptions(steps=1),
         **arguments,
     )
     gradients = _watch_gradients(run)

@@ -30,6 +30,7 @@ def environment() -> dict[str, str]:
         and key not in ("RANK", "GROUP_RANK")
     }
     return kept | {
+        "ACCELERATE_USE_CPU": "true",
         "OMP_NUM_THREADS": "1",
         "PYTHONPATH": str(ROOT),
         "HF_HUB_OFFLINE": "1",
@@ -42,7 +43,7 @@ def environment() -> dict[str, str]:
 def play_world(
     tasks: Sequence[dict[str, Any]], folder: Path, *, processes: int = 2, timeout: float = 300
 ) -> None:
-    """Have `accelerate launch` start the processes, and wait for them.
+    """Have torchrun start the processes, and wait for them.
 
     Raises:
         AssertionError: with the end of their output, if they fail or do not end in time.
@@ -50,11 +51,9 @@ def play_world(
     folder.mkdir(parents=True, exist_ok=True)
     list_file = folder / "tasks.json"
     list_file.write_text(json.dumps(list(tasks)))
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu"]
-    command += ["--num_processes", str(processes), "--num_machines", "1", "--machine_rank", "0"]
-    command += ["--mixed_precision", "no", "--dynamo_backend", "no"]
-    command += ["--main_process_ip", "127.0.0.1", "--main_process_port", str(free_port())]
-    command += ["--num_cpu_threads_per_process", "1"]
+    # `accelerate launch` starts several processes on a CPU through MPI only; torchrun needs nothing.
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(processes)]
+    command += ["--master_addr", "127.0.0.1", "--master_port", str(free_port())]
     command += ["-m", "tests.distributed.world", str(list_file)]
     with open(folder / "output.txt", "wb") as output:
         world = subprocess.Popen(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -226,10 +227,12 @@ def test_a_fresh_adapter_is_bitwise_its_reference(
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("source", ["folder", "memory"])
 def test_a_copy_of_a_full_policy_is_bitwise_its_reference(
-    precision: str, pipe: Any, rows: list[dict[str, Any]]
+    source: str, precision: str, pipeline_folder: Path, rows: list[dict[str, Any]]
 ) -> None:
-    wing = build(pipe, adapter=None, **{**BUILD, "precision": precision})
+    policy = str(pipeline_folder) if source == "folder" else make_pipeline()
+    wing = build(policy, adapter=None, **{**BUILD, "precision": precision})
     batch = wing.examples(rows[:3], None, kind="pairs", seed=0).collate([0, 1, 2], [0, 0, 0])
     reference = copy.deepcopy(wing.backend.module)
     draw = wing.backend.draw(batch, (0, 1))
