@@ -27,7 +27,7 @@ from alignkit.methods import DPO
 from alignkit.options import GenerationOptions, ImageOptions, LoRA, TextOptions, TrainerOptions
 from alignkit.parts import build_objective, build_wing, loss_of, modality_of
 from alignkit.protocols import Wing
-from alignkit.run import NUM_SAMPLES, AlignResult, Run
+from alignkit.run import NUM_SAMPLES, AlignResult, Run, giving_back
 from alignkit.run_folder import RunFolder, environment
 from alignkit.runtime import Runtime
 from alignkit.sources import RowSource
@@ -160,6 +160,13 @@ def _build(config: RunConfig) -> Run:
     )
     runtime.reset_peak_memory()
     folder = _open_folder(config, runtime)
+    with giving_back(folder):
+        return _build_in(folder, config, modality, runtime)
+
+
+def _build_in(
+    folder: RunFolder | None, config: RunConfig, modality: str, runtime: Runtime
+) -> Run:
     start = _starting_point(config, folder, runtime)
     if start == "finished":
         assert folder is not None
@@ -185,6 +192,9 @@ def _build(config: RunConfig) -> Run:
     )
     if run.writes:
         assert folder is not None
+        if start is None:
+            # Only now, when nothing can be wrong with what was given.
+            folder.clear()
         mapping = to_mapping(config) | {"resolved": resolved, "environment": environment()}
         folder.write_config(mapping)
     if config.trainer.trackers:
@@ -215,31 +225,28 @@ def _starting_point(config: RunConfig, folder: RunFolder | None, runtime: Runtim
 
 
 def _decide(config: RunConfig, folder: RunFolder) -> str | None:
-    resume, earlier = str(config.resume), folder.read_config()
-    if resume == "never" or earlier is None:
-        if resume == "must":
+    resume = str(config.resume)
+    if resume == "never":
+        return None
+    earlier = folder.read_config()
+    if earlier is not None:
+        if changed := changed_keys(earlier, to_mapping(config)):
             raise CheckpointError(
-                f'resume="must" found no run in {folder.path}. Check run_dir, or use resume="auto".'
+                f"The run in {folder.path} was started with another configuration: "
+                f"{', '.join(changed)} changed. Use the earlier values, another run_dir, or start "
+                'anew with resume="never".'
             )
-        folder.clear()
-    elif changed := changed_keys(earlier, to_mapping(config)):
-        raise CheckpointError(
-            f"The run in {folder.path} was started with another configuration: "
-            f"{', '.join(changed)} changed. Use the earlier values, another run_dir, or start anew "
-            'with resume="never".'
-        )
-    elif resume in ("auto", "must") and folder.read_result() is not None:
-        return "finished"
-    if resume not in ("auto", "must", "never"):
+        if resume in ("auto", "must") and folder.read_result() is not None:
+            return "finished"
+    if resume not in ("auto", "must"):
         return resume
-    found = checkpoint.newest(folder.checkpoints)
-    if found is None:
-        if resume == "must":
-            raise CheckpointError(
-                f'resume="must" found no whole checkpoint in {folder.checkpoints}. '
-                'Use resume="auto" to start anew.'
-            )
-        folder.clear()
+    found = None if earlier is None else checkpoint.newest(folder.checkpoints)
+    if found is None and resume == "must":
+        missing = "no run" if earlier is None else "no whole checkpoint"
+        raise CheckpointError(
+            f'resume="must" found {missing} in {folder.path}. Check run_dir, or use resume="auto" '
+            "to start anew."
+        )
     return None if found is None else str(found)
 
 
@@ -366,6 +373,10 @@ def load_trained(config: RunConfig, modality: str, folder: RunFolder, runtime: R
     return build_wing(trained, modality, runtime)
 
 
+def _is_language_model(folder: Path) -> bool:
+    return (folder / "config.json").exists() or (folder / "adapter_config.json").exists()
+
+
 def sample(
     path: str | Path,
     prompts: Sequence[str],
@@ -378,11 +389,12 @@ def sample(
         strings, or PIL images.
     """
     runtime = Runtime()
-    if (Path(path) / "config.yaml").exists() and (Path(path) / "model").is_dir():
-        folder = RunFolder(path)
-        config = from_file(Path(path) / "config.yaml")
-        wing = load_trained(config, modality_of(config.policy), folder, runtime)
+    folder, model = Path(path), Path(path) / "model"
+    # A language model's folder says all; an image adapter's needs the base that its run names.
+    if model.is_dir() and not _is_language_model(model) and (folder / "config.yaml").exists():
+        config = from_file(folder / "config.yaml")
+        wing = load_trained(config, modality_of(config.policy), RunFolder(folder), runtime)
     else:
-        config = RunConfig(str(path), DPO(), data=[])
+        config = RunConfig(str(model if model.is_dir() else path), DPO(), data=[])
         wing = build_wing(config, modality_of(config.policy), runtime)
     return wing.sample(list(prompts), generation or config.generation, seed=seed)

@@ -63,6 +63,7 @@ def check(config: RunConfig, modality: str | None = None) -> None:
             raise ConfigError(f"{name} must be given; got None.")
     _check_method(config, modality)
     _check_reference(config)
+    _check_adapter(config)
     _check_data_options(config, modality)
     _check_generation(config, modality)
     _check_evaluation(config)
@@ -188,6 +189,15 @@ def _has_adapter(policy: Any) -> bool:
         return (Path(policy) / "adapter_config.json").is_file()
     model = policy[0] if isinstance(policy, tuple) else getattr(policy, "unet", policy)
     return bool(getattr(model, "peft_config", None))
+
+
+def _check_adapter(config: RunConfig) -> None:
+    if config.adapter is not None and config.adapter.dropout > 0:
+        raise ConfigError(
+            f"adapter.dropout must be 0 in preference training; got {config.adapter.dropout}. "
+            "Policy and reference are compared on equal terms, so dropout is off, the adapter's "
+            "too. Leave it out."
+        )
 
 
 def _check_data_options(config: RunConfig, modality: str | None) -> None:

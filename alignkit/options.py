@@ -19,20 +19,31 @@ Identical = Literal["skip", "keep", "error"]
 
 def _positive(owner: str, **values: float | int | None) -> None:
     for name, value in values.items():
-        if value is not None and not value > 0:
-            raise ConfigError(f"{owner}.{name} must be above 0; got {value!r}.")
+        if value is not None and not (_is_number(value) and value > 0):
+            raise ConfigError(f"{owner}.{name} must be a number above 0; got {value!r}.")
 
 
 def _not_negative(owner: str, **values: float | int | None) -> None:
     for name, value in values.items():
-        if value is not None and not value >= 0:
-            raise ConfigError(f"{owner}.{name} must be at least 0; got {value!r}.")
+        if value is not None and not (_is_number(value) and value >= 0):
+            raise ConfigError(f"{owner}.{name} must be a number, at least 0; got {value!r}.")
 
 
 def _share(owner: str, **values: float) -> None:
     for name, value in values.items():
-        if not 0 <= value <= 1:
+        if not (_is_number(value) and 0 <= value <= 1):
             raise ConfigError(f"{owner}.{name} must be between 0 and 1; got {value!r}.")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _names(owner: str, value: Any) -> tuple[str, ...]:
+    """A tuple of strings; a bare string would fall apart into letters."""
+    if isinstance(value, str):
+        raise ConfigError(f"{owner} is a list of strings; got {value!r}. Write ({value!r},).")
+    return tuple(value)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,7 +127,7 @@ class TrainerOptions:
                     f"trainer.{name} chooses by an evaluation, and there is none; "
                     "set trainer.eval_every and eval_data."
                 )
-        object.__setattr__(self, "trackers", tuple(self.trackers))
+        object.__setattr__(self, "trackers", _names("trainer.trackers", self.trackers))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -224,7 +235,7 @@ class GenerationOptions:
         names = ("max_new_tokens", "steps", "height", "width", "top_p")
         _positive("generation", **{name: getattr(self, name) for name in names})
         _not_negative("generation", temperature=self.temperature, top_k=self.top_k)
-        object.__setattr__(self, "stop", tuple(self.stop))
+        object.__setattr__(self, "stop", _names("generation.stop", self.stop))
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ import logging
 import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -25,7 +26,6 @@ from alignkit.options import GenerationOptions
 from alignkit.protocols import Wing
 from alignkit.report import write_report
 from alignkit.run_folder import RunFolder
-from alignkit.runtime import full
 from alignkit.sources import RowSource
 from alignkit.trainer import Trainer
 
@@ -126,13 +126,20 @@ class Run:
         self.evaluations = dict(state["evaluations"])
         if self.writes:
             assert self.folder is not None
+            self.folder.reopen()
             self.history = self.folder.cut_metrics(self.trainer.step)
         self.history = self.runtime.share(self.history)
         log.info("Resumed from %s.", path)
 
     def steps(self) -> Iterator[StepRecord]:
         """One record per optimizer step; evaluates, samples and saves when they are due."""
+        with giving_back(self.folder):
+            yield from self._steps()
+
+    def _steps(self) -> Iterator[StepRecord]:
         options, started = self.config.trainer, time.perf_counter() - self.seconds
+        if self._should_stop():  # resumed where it had stopped
+            return
         if self.trainer.step == 0:
             self._sample(0)
         bar = tqdm(
@@ -149,7 +156,9 @@ class Run:
                 self._record(record)
                 if _due(options.sample_every, record.step):
                     self._sample(record.step)
-                if _due(options.save_every, record.step) and self.trainer.source.at_boundary:
+                # Last, so that a run resumed from here lacks nothing of this step.
+                due = _due(options.save_every, record.step) and self.trainer.source.at_boundary
+                if due or self._is_best(record.step):
                     self.save()
                 bar.update()
                 bar.set_postfix(_shown(record, self.metrics), refresh=False)
@@ -196,10 +205,12 @@ class Run:
         best = self.evaluations["best"]
         if best is None or value > best:
             self.evaluations = {"best": value, "best_step": step, "waited": 0}
-            if options.keep_best is not None:
-                self.save()
         else:
             self.evaluations["waited"] += 1
+
+    def _is_best(self, step: int) -> bool:
+        """Whether `keep_best` wants this step's checkpoint."""
+        return self.config.trainer.keep_best is not None and self.evaluations["best_step"] == step
 
     def _should_stop(self) -> bool:
         stop = self.config.trainer.early_stop
@@ -236,8 +247,12 @@ class Run:
 
     def finish(self) -> AlignResult:
         """Save the model, write the report, and return the result."""
-        if self._result is not None:
-            return self._result
+        if self._result is None:
+            with giving_back(self.folder):
+                self._result = self._finish()
+        return self._result
+
+    def _finish(self) -> AlignResult:
         if self.eval_sources and not any(k.startswith("eval/") for k in self.metrics):
             for name, source in self.eval_sources.items():
                 prefix = f"eval/{name}/" if name else "eval/"
@@ -248,7 +263,7 @@ class Run:
         self.wing.release()
         if self.config.trainer.trackers:
             self.runtime.accelerator.end_training()
-        self._result = AlignResult(
+        return AlignResult(
             model=self.wing.policy,
             tokenizer=self.wing.tokenizer,
             run_dir=None if self.folder is None else self.folder.path,
@@ -259,7 +274,6 @@ class Run:
             generation=self.config.generation,
             seed=self.config.seed,
         )
-        return self._result
 
     def _write_results(self) -> Path | None:
         weights = self._full_weights()
@@ -305,7 +319,11 @@ class Run:
         """The policy's weights gathered from their shards; None where they are whole already."""
         if self.runtime.sharding == "none":
             return None
-        return {k: full(v).cpu() for k, v in self.wing.policy.state_dict().items()}
+        state = self.wing.policy.state_dict(keep_vars=True)
+        # Tied weights stay one tensor, so that they are written once.
+        distinct = {id(value): value for value in state.values()}
+        whole = {key: self.runtime.whole(value.detach()) for key, value in distinct.items()}
+        return {name: whole[id(value)] for name, value in state.items()}
 
     def _report_facts(self) -> ReportFacts:
         loss = self.config.method.loss
@@ -315,12 +333,29 @@ class Run:
                 self.config.method.name,
                 loss if isinstance(loss, str) else None,
                 self.wing.modality,
+                None if self.config.adapter is None else self.config.adapter.kind,
             ),
             seconds=self.seconds,
             peak_memory_bytes=self.runtime.peak_memory(),
             finished=datetime.now(UTC).isoformat(timespec="seconds"),
             run_dir=str(self.folder.path) if self.folder else "",
         )
+
+
+@contextmanager
+def giving_back(folder: RunFolder | None) -> Iterator[None]:
+    """Unlock the run folder if what is done inside fails, so that it can be tried again.
+
+    The folder would free itself at its end, but a kept traceback (a notebook's) puts that off.
+    """
+    try:
+        yield
+    except GeneratorExit:  # the caller left the loop, and may finish
+        raise
+    except BaseException:
+        if folder is not None:
+            folder.unlock()
+        raise
 
 
 def _due(every: int | None, step: int) -> bool:

@@ -163,10 +163,14 @@ class RunFolder:
             self._release()
             self._release = None
 
+    def reopen(self) -> None:
+        """A finished run that goes on from an earlier checkpoint is finished no more."""
+        (self.path / "result.json").unlink(missing_ok=True)
+
     def clear(self) -> None:
         """Remove what an earlier run left here, to start anew. Its model goes last."""
-        for file in (self.path / "result.json", self.path / "metrics.jsonl", self.report_file):
-            file.unlink(missing_ok=True)
+        for name in ("result.json", "config.yaml", "metrics.jsonl", "report.html"):
+            (self.path / name).unlink(missing_ok=True)
         for folder in (self.checkpoints, self.samples_dir, self.plots_dir, self.model_dir):
             if folder.exists():
                 shutil.rmtree(folder)

@@ -105,6 +105,17 @@ class Runtime:
         dist.broadcast_object_list(held, src=0, group=self._host_group)
         return held[0]
 
+    def whole(self, tensor: Tensor) -> Tensor:
+        """A tensor to be saved: itself, or all of its shards in the main process's host memory.
+
+        The other processes must call it too and get nothing, so that no device ever holds more than
+        one whole tensor of a model that is sharded because it does not fit.
+        """
+        if not isinstance(tensor, DTensor):
+            return tensor
+        gathered = tensor.full_tensor()
+        return gathered.cpu() if self.is_main else gathered.new_empty(0)
+
     def barrier(self) -> None:
         if self.size > 1:
             dist.barrier(group=self._host_group)
@@ -180,11 +191,6 @@ def _shard(module: nn.Module, mesh: Any, reshard_root: bool | None = None) -> nn
         fully_shard(unit, mesh=mesh)
     fully_shard(module, mesh=mesh, reshard_after_forward=reshard_root)
     return module
-
-
-def full(tensor: Tensor) -> Tensor:
-    """The whole of a possibly sharded tensor; all processes must call it."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def like(value: Tensor, target: Tensor) -> Tensor:

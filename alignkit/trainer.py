@@ -20,7 +20,7 @@ from alignkit.errors import CheckpointError, ConfigError, DataError, NonFiniteEr
 from alignkit.optim import learning_rate_at, make_optimizer
 from alignkit.options import TrainerOptions
 from alignkit.protocols import BatchSource, Objective
-from alignkit.runtime import Runtime, full, like
+from alignkit.runtime import Runtime, like
 
 
 @final
@@ -218,11 +218,11 @@ class Trainer:
         return values
 
     def state_dict(self) -> dict[str, Any]:
-        """All state that matters, unsharded. All processes must call it."""
+        """All state that matters. All processes must call it; the main one's is whole."""
         return {
             "step": self.step,
             "skipped_steps": self.skipped_steps,
-            "parameters": {name: full(p.detach()) for name, p in self.parameters.items()},
+            "parameters": {n: self.runtime.whole(p.detach()) for n, p in self.parameters.items()},
             "optimizer": self._optimizer_state(),
             "pending": self._pending_state(),
             "objective": self.objective.state_dict(),
@@ -240,7 +240,7 @@ class Trainer:
     def _optimizer_state(self) -> dict[str, dict[str, Any]]:
         return {
             name: {
-                key: full(value) if isinstance(value, Tensor) else value
+                key: self.runtime.whole(value) if isinstance(value, Tensor) else value
                 for key, value in self.optimizer.state.get(parameter, {}).items()
             }
             for name, parameter in self.parameters.items()

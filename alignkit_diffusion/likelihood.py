@@ -93,10 +93,9 @@ class DenoisingLikelihood(nn.Module):
             found = self.family.predict(self.unet, latents, noise, timesteps, conditioning)
         # In float32 whatever the model computes in: reduced in bfloat16, a logit at beta 5000 is
         # off by about 1 (rms).
-        error = (
-            (found.target.float() - found.prediction.float()).square().mean(dim=(1, 2, 3))
-        )  # (N,)
-        extras = {"error": error, "timestep": timesteps}
+        difference = found.target.float() - found.prediction.float()  # (N, C, H, W)
+        error = difference.square().mean(dim=(1, 2, 3))  # (N,)
+        extras = {"error": error, "timestep": timesteps.to(device)}
         return Likelihood(
             total=-0.5 * found.weight * error,
             length=torch.ones_like(error),

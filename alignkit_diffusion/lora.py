@@ -72,23 +72,45 @@ def add_adapter(unet: Any, adapter: LoRA, *, seed: int) -> None:
         unet.add_adapter(config, adapter_name=NAME)
 
 
-def continue_adapter(unet: Any, folder: str) -> None:
-    """Load an adapter as *the* adapter of `unet`; rank, alpha and targets are the folder's.
+def continue_adapter(unet: Any, adapter: LoRA) -> None:
+    """Load an adapter as *the* adapter of `unet`; rank, alpha, kind and targets are the folder's.
 
     Args:
         unet: without an adapter.
-        folder: in diffusers' layout (`pytorch_lora_weights.safetensors`, or a kohya-style file) or
-            in peft's (`adapter_config.json` and `adapter_model.safetensors`).
+        adapter: `continue_from` is a folder in diffusers' layout
+            (`pytorch_lora_weights.safetensors`, or a kohya-style file) or in peft's
+            (`adapter_config.json` and `adapter_model.safetensors`).
 
     Raises:
-        ConfigError: the folder holds no such adapter, or one that does not fit.
+        ConfigError: the folder holds no such adapter, or one that does not fit; or another option
+            asks for something else than it holds.
     """
-    path = Path(folder).expanduser()
+    path = Path(str(adapter.continue_from)).expanduser()
     if (path / "adapter_config.json").is_file() and (path / PEFT_FILE).is_file():
         _continue_peft(unet, path)
     else:
-        file = _adapter_file(path)
-        _continue_diffusers(unet, file)
+        _continue_diffusers(unet, _adapter_file(path))
+    _refuse_contradiction(unet, adapter)
+
+
+def _refuse_contradiction(unet: Any, adapter: LoRA) -> None:
+    """Options left at their defaults ask for nothing; the others must be what is there."""
+    config = unet.peft_config[NAME]
+    kind = "dora" if config.use_dora else "rslora" if config.use_rslora else "lora"
+    here = {"rank": config.r, "alpha": config.lora_alpha, "kind": kind}
+    here["dropout"] = config.lora_dropout
+    for name, value in here.items():
+        asked = getattr(adapter, name)
+        if asked not in (getattr(LoRA, name), value):
+            raise ConfigError(
+                f"An adapter that is continued keeps its {name}; {adapter.continue_from} has "
+                f"{value!r}, adapter.{name} says {asked!r}. Leave adapter.{name} out."
+            )
+    if adapter.targets != "auto":
+        raise ConfigError(
+            f"An adapter that is continued keeps its layers; adapter.targets says "
+            f"{adapter.targets!r}. Leave adapter.targets out."
+        )
 
 
 def _adapter_file(path: Path) -> Path:

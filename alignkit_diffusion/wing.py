@@ -81,7 +81,7 @@ def _give_adapter(unet: Any, adapter: LoRA, seed: int) -> None:
             "it first: pipe.fuse_lora(); pipe.unload_lora_weights()."
         )
     if adapter.continue_from:
-        lora.continue_adapter(unet, adapter.continue_from)
+        lora.continue_adapter(unet, adapter)
     else:
         lora.add_adapter(unet, adapter, seed=seed)
 

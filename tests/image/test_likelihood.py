@@ -382,3 +382,31 @@ def test_bfloat16_stays_near_float32(pipe: Any, rows: list[dict[str, Any]]) -> N
     assert scores.dtype == torch.float32
     assert torch.allclose(scores, total(exact, batch), atol=2e-2)
     assert not torch.equal(scores, total(exact, batch))
+
+
+@pytest.mark.parametrize("adapter", [None, LoRA(rank=4)])
+def test_dpo_steps_raise_the_margin(adapter: LoRA | None, rows: list[dict[str, Any]]) -> None:
+    # Fresh draws every step, measured on draws of their own: not a fit of one noise.
+    wing = build(make_pipeline(), adapter=adapter, **BUILD)
+    batch = wing.examples(rows[:4], None, kind="pairs", seed=0).collate(range(4), [0] * 4)
+    reference = copy.deepcopy(wing.backend.module).requires_grad_(False)
+    trained = [p for p in wing.backend.module.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=1e-3 if adapter is None else 1e-2)
+
+    def margins(step: int) -> Tensor:
+        draw = wing.backend.draw(batch, (0, step))
+        with torch.no_grad():
+            frozen = reference(batch, draw).total
+        return margin(wing.backend.module(batch, draw).total, frozen)
+
+    assert torch.equal(margins(1), torch.zeros(4))
+    for step in range(1, 26):
+        loss = nn.functional.softplus(-5000 * margins(step)).mean()
+        if step == 1:
+            assert loss.item() == pytest.approx(math.log(2), abs=1e-7)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    after = torch.stack([margins(1000 + step).detach() for step in range(10)])
+    assert after.mean() > 1e-4
+    assert (after > 0).double().mean() > 0.8

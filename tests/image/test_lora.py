@@ -253,3 +253,14 @@ def test_full_models_are_saved_as_pipelines(tmp_path: Path) -> None:
     assert torch.equal(prediction(loaded.unet), prediction(wing.policy.unet))
     again = build(str(tmp_path / "model"), adapter=LoRA(rank=2), **BUILD)
     assert torch.equal(prediction(again.policy.unet), prediction(wing.policy.unet))
+
+
+def test_a_continued_adapter_contradicts_no_option(tmp_path: Path) -> None:
+    wing_with(rank=4, alpha=2).save(tmp_path, base=None)
+    folder = str(tmp_path)
+    assert wing_with(rank=4, alpha=2, continue_from=folder).adapter == "continued"
+    for name, value in [("rank", 8), ("alpha", 4), ("kind", "dora"), ("dropout", 0.1)]:
+        with pytest.raises(ConfigError, match=rf"keeps its {name}.*{value}"):
+            wing_with(**{name: value}, continue_from=folder)
+    with pytest.raises(ConfigError, match="keeps its layers"):
+        wing_with(targets="attention", continue_from=folder)

@@ -80,7 +80,7 @@ def test_datasets(tmp_path: Path) -> None:
     assert list(read_rows(dataset.to_iterable_dataset())) == ROWS
     assert list(read_rows(both)) == ROWS
     assert list(read_rows(both, split="test")) == ROWS[2:]
-    with pytest.raises(DataError, match="train, test.*none is 'dev'"):
+    with pytest.raises(DataError, match=r"train, test.*none is 'dev'"):
         read_rows(both, split="dev")
     dataset.save_to_disk(tmp_path / "one")
     both.save_to_disk(tmp_path / "both")
@@ -165,7 +165,7 @@ def test_hub_names_go_to_datasets(monkeypatch: pytest.MonkeyPatch) -> None:
     rows = read_rows("owner/name", split="validation")
     assert list(rows) == ROWS and rows.name == "owner/name" and rows.folder is None
     assert asked == [("owner/name", "validation")]
-    with pytest.raises(DataError, match="'owner/gone'.*not there"):
+    with pytest.raises(DataError, match=r"'owner/gone'.*not there"):
         read_rows("owner/gone")
 
 

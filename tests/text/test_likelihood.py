@@ -1,0 +1,153 @@
+"""The text log-likelihood against a float64 loop, and what must not change it."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+
+from alignkit.batches import Batch
+from alignkit.options import TextOptions
+from alignkit.text.likelihood import TextBackend
+from tests.builders import text_wing, token_rows
+
+ROWS = token_rows(6, low=0)
+"""Token 0 is the pad id, 1 bos, 3 eos: all of them may stand in a completion."""
+
+
+def make_batch(rows: list[dict[str, Any]] = ROWS) -> Batch:
+    options = TextOptions(identical_pairs="keep")
+    examples = text_wing().examples(rows, options, kind="pairs", seed=0)
+    return examples.collate(range(len(rows)), [0] * len(rows))
+
+
+def answers(rows: list[dict[str, Any]] = ROWS) -> list[tuple[list[int], list[int]]]:
+    sides = ("chosen_ids", "rejected_ids")
+    return [(row["prompt_ids"], row[side]) for row in rows for side in sides]
+
+
+@torch.no_grad()
+def by_loop(model: Any, prompt: list[int], completion: list[int]) -> list[float]:
+    """Log-probabilities of a completion's tokens, one unpadded row and one position at a time."""
+    found = []
+    for place, token in enumerate(completion):
+        context = torch.tensor([prompt + completion[:place]])
+        logits = model(input_ids=context).logits[0, -1]
+        found.append(torch.log_softmax(logits, dim=-1)[token].item())
+    return found
+
+
+@pytest.mark.parametrize("architecture", ["qwen2", "llama", "gpt2"])
+def test_equals_a_float64_loop_over_positions(architecture) -> None:
+    wing = text_wing(architecture, dropout=0.1 if architecture == "gpt2" else 0.0)
+    model = copy.deepcopy(wing.policy).double().eval()
+    found = wing.backend.module(make_batch(), want=frozenset({"token_logps", "token_mask"}))
+    per_token, mask = found.extras["token_logps"], found.extras["token_mask"]
+    for row, (prompt, completion) in enumerate(answers()):
+        expected = by_loop(model, prompt, completion)
+        assert found.total[row].item() == pytest.approx(sum(expected), rel=2e-6)
+        assert found.length[row] == len(completion)
+        assert per_token[row][mask[row]].tolist() == pytest.approx(expected, rel=1e-5)
+        assert (per_token[row][~mask[row]] == 0).all()
+    assert found.total.dtype == torch.float32 and per_token.shape == mask.shape
+
+
+@pytest.mark.parametrize("architecture", ["qwen2", "llama", "gpt2"])
+def test_a_longer_neighbour_changes_nothing(architecture) -> None:
+    module = text_wing(architecture).backend.module
+    alone = module(make_batch(ROWS[:2])).total
+    long = {"prompt_ids": [5] * 30, "chosen_ids": [6] * 40, "rejected_ids": [7] * 9}
+    beside = module(make_batch([*ROWS[:2], long])).total[:4]
+    torch.testing.assert_close(beside, alone, rtol=2e-6, atol=0)
+
+
+@pytest.mark.parametrize("options", [{"pad": "<|im_end|>"}, {"pad": "<|im_start|>"}, {"bos": True}])
+@pytest.mark.parametrize("chat", [True, False])
+def test_masks_do_not_ask_for_the_pad_id(options, chat) -> None:
+    """Padding as eos or as a token of the text: completions keep all their tokens and their eos."""
+    rows = (
+        [
+            {
+                "prompt": [{"role": "user", "content": "the sky"}],
+                "chosen": [{"role": "assistant", "content": "is blue"}],
+                "rejected": [{"role": "assistant", "content": "is a red fox in the forest"}],
+            }
+        ]
+        if chat
+        else [{"prompt": "the sky", "chosen": " is blue", "rejected": " is a red fox, they say"}]
+    )
+    wing = text_wing(**options)
+    batch = wing.examples(rows, TextOptions(), kind="pairs", seed=0).collate([0], [0])
+    found = wing.backend.module(batch)
+    model = copy.deepcopy(wing.policy).double().eval()
+    eos = wing.tokenizer.eos_token_id
+    for row, completion in enumerate(batch.content.completions):
+        assert completion.tolist().count(eos) == 1
+        expected = by_loop(model, batch.content.prompts[0].tolist(), completion.tolist())
+        assert found.total[row].item() == pytest.approx(sum(expected), rel=2e-6)
+
+
+@pytest.mark.parametrize("architecture", ["qwen2", "gpt2"])
+def test_positions_that_predict_no_completion_token_get_no_gradient(architecture) -> None:
+    wing, seen = text_wing(architecture), []
+
+    def keep(module: Any, inputs: Any, logits: torch.Tensor) -> None:
+        logits.retain_grad()
+        seen.append(logits)
+
+    wing.policy.get_output_embeddings().register_forward_hook(keep)
+    wing.backend.module(make_batch()).total.sum().backward()
+    (logits,) = seen
+    width = max(len(p) + len(c) for p, c in answers())
+    first = width - logits.shape[1]  # the head runs on the last positions only
+    for row, (prompt, completion) in enumerate(answers()):
+        for place in range(first, width):
+            gradient = logits.grad[row, place - first]
+            predicts = len(prompt) - 1 <= place < len(prompt) + len(completion) - 1
+            assert bool((gradient != 0).any()) == predicts, (row, place)
+            if predicts:  # onehot - softmax
+                onehot = torch.zeros_like(gradient)
+                onehot[completion[place - len(prompt) + 1]] = 1
+                expected = onehot - logits[row, place - first].detach().softmax(-1)
+                torch.testing.assert_close(gradient, expected, rtol=1e-4, atol=1e-6)
+
+
+def test_padding_trains_no_embedding() -> None:
+    wing = text_wing("llama")
+    wing.backend.module(make_batch(token_rows(6))).total.sum().backward()  # no token below 4
+    gradient = wing.policy.get_input_embeddings().weight.grad
+    assert (gradient[:4] == 0).all() and (gradient[4:] != 0).any()
+
+
+def test_dropout_is_off_whatever_the_config_and_mode_say() -> None:
+    wing = text_wing("gpt2", dropout=0.5)
+    first, second = (wing.backend.module(make_batch()).total for _ in range(2))
+    assert torch.equal(first, second) and not wing.policy.training
+
+
+def test_no_logit_is_computed_before_the_first_completion() -> None:
+    wing, shapes = text_wing("llama"), []
+    wing.policy.get_output_embeddings().register_forward_hook(
+        lambda module, inputs, logits: shapes.append(tuple(logits.shape))
+    )
+    row = {"prompt_ids": [5] * 50, "chosen_ids": [6] * 3, "rejected_ids": [7] * 2}
+    wing.backend.module(make_batch([row]))
+    assert shapes == [(2, 4, wing.policy.config.vocab_size)]
+
+
+def test_an_unknown_extra_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"no extra \['values'\]"):
+        text_wing().backend.module(make_batch(), want=frozenset({"values"}))
+
+
+def test_auto_micro_batches_hold_every_group_once_within_the_budget(monkeypatch) -> None:
+    monkeypatch.setattr("alignkit.text.likelihood.AUTO_TOKENS", 60)
+    batch = make_batch(token_rows(12))
+    pieces = TextBackend(text_wing().backend.module).split(batch, "auto")
+    assert sorted(row for piece in pieces for row in piece.row_id.tolist()) == list(range(12))
+    assert len(pieces) > 1
+    for piece in pieces:
+        padded = piece.num_answers * max(piece.content.lengths())
+        assert padded <= 60 or piece.num_groups == 1
