@@ -164,9 +164,7 @@ def _build(config: RunConfig) -> Run:
         return _build_in(folder, config, modality, runtime)
 
 
-def _build_in(
-    folder: RunFolder | None, config: RunConfig, modality: str, runtime: Runtime
-) -> Run:
+def _build_in(folder: RunFolder | None, config: RunConfig, modality: str, runtime: Runtime) -> Run:
     start = _starting_point(config, folder, runtime)
     if start == "finished":
         assert folder is not None

@@ -13,7 +13,7 @@ from alignkit.errors import ConfigError
 from alignkit.options import GenerationOptions
 from alignkit_diffusion.autoencoder import Autoencoder
 from alignkit_diffusion.conditioning import encoders_on
-from alignkit_diffusion.likelihood import autocast, no_dropout
+from alignkit_diffusion.likelihood import autocast
 from alignkit_diffusion.policy import native_size
 
 PIXELS_PER_CALL = 4 * 1024 * 1024
@@ -50,7 +50,7 @@ def sample_images(
     chunk = max(1, PIXELS_PER_CALL // (height * width))
     starts = range(0, len(prompts), chunk)
     images: list[Any] = []
-    with torch.no_grad(), encoders_on(pipe, device), no_dropout(pipe.unet):
+    with torch.no_grad(), encoders_on(pipe, device):
         for start in tqdm(starts, desc="Sampling images", leave=False, disable=None):
             part = list(prompts[start : start + chunk])
             noise = [_generator(seed, start + i) for i in range(len(part))]

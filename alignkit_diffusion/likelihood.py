@@ -9,7 +9,7 @@ for text.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -37,9 +37,8 @@ def autocast(device: torch.device, precision: str) -> AbstractContextManager[Any
 class DenoisingLikelihood(nn.Module):
     """One UNet call on all images of a micro-batch; its forward **is** the likelihood.
 
-    The model's own dropout is off for good: `train()` keeps the UNet in evaluation mode, because
-    policy and reference must compute the same function. Dropout of the adapter, where the user asks
-    for it, acts in forwards that will be differentiated and in no other.
+    Dropout is off for good, also an adapter's: `train()` keeps the module in evaluation mode, because
+    policy and reference must compute the same function.
 
     Args:
         unet: the denoiser, shared with the pipeline.
@@ -60,9 +59,12 @@ class DenoisingLikelihood(nn.Module):
 
     def train(self, mode: bool = True) -> DenoisingLikelihood:
         super().train(False)
-        for dropout in _adapter_dropouts(self.unet):
-            dropout.training = True
         return self
+
+    def shard_units(self) -> list[nn.Module]:
+        """The repeated blocks of the UNet: what is compiled block by block."""
+        repeated = getattr(self.unet, "_repeated_blocks", ())
+        return [module for module in self.unet.modules() if type(module).__name__ in repeated]
 
     def forward(
         self, batch: Batch, draw: ImageDraw, want: frozenset[str] = frozenset()
@@ -89,7 +91,7 @@ class DenoisingLikelihood(nn.Module):
         noise = torch.stack(draw.noise).to(device)[batch.group.to(device)]  # (N, C, H, W)
         timesteps = draw.timesteps[batch.group]  # (N,), on the CPU
         conditioning = self.family.conditioning(content, batch.group, device)
-        with self._evaluation(device):
+        with autocast(device, self.precision), self._checkpointing():
             found = self.family.predict(self.unet, latents, noise, timesteps, conditioning)
         # In float32 whatever the model computes in: reduced in bfloat16, a logit at beta 5000 is
         # off by about 1 (rms).
@@ -102,15 +104,9 @@ class DenoisingLikelihood(nn.Module):
             extras={name: extras[name] for name in want},
         )
 
-    @contextmanager
-    def _evaluation(self, device: torch.device) -> Iterator[None]:
-        with ExitStack() as stack:
-            stack.enter_context(autocast(device, self.precision))
-            if self.gradient_checkpointing and torch.is_grad_enabled():
-                stack.enter_context(checkpointing(self.unet))
-            if not torch.is_grad_enabled():
-                stack.enter_context(no_dropout(self.unet))
-            yield
+    def _checkpointing(self) -> AbstractContextManager[None]:
+        recompute = self.gradient_checkpointing and torch.is_grad_enabled()
+        return checkpointing(self.unet) if recompute else nullcontext()
 
 
 @contextmanager
@@ -128,26 +124,6 @@ def checkpointing(unet: Any) -> Iterator[None]:
     finally:
         for module, flag in zip(switches, before, strict=True):
             module.gradient_checkpointing = flag
-
-
-@contextmanager
-def no_dropout(module: nn.Module) -> Iterator[None]:
-    """Inside, no dropout layer acts."""
-    active = [m for m in module.modules() if isinstance(m, nn.Dropout) and m.training]
-    try:
-        for layer in active:
-            layer.training = False
-        yield
-    finally:
-        for layer in active:
-            layer.training = True
-
-
-def _adapter_dropouts(module: nn.Module) -> list[nn.Module]:
-    from peft.tuners.lora import LoraLayer
-
-    layers = [layer for layer in module.modules() if isinstance(layer, LoraLayer)]
-    return [dropout for layer in layers for dropout in layer.lora_dropout.values()]
 
 
 class ImageBackend:

@@ -98,7 +98,6 @@ def _refuse_contradiction(unet: Any, adapter: LoRA) -> None:
     config = unet.peft_config[NAME]
     kind = "dora" if config.use_dora else "rslora" if config.use_rslora else "lora"
     here = {"rank": config.r, "alpha": config.lora_alpha, "kind": kind}
-    here["dropout"] = config.lora_dropout
     for name, value in here.items():
         asked = getattr(adapter, name)
         if asked not in (getattr(LoRA, name), value):

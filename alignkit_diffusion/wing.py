@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -187,6 +187,13 @@ class ImageWing:
             precision=self.precision,
         )
 
+    def prompt_text(self, prompt: str) -> str:
+        """A prompt as a person reads it."""
+        return prompt
+
+    def release(self) -> None:
+        """Nothing to give back: every forward and every sample restores what it touched."""
+
     def describe(self) -> dict[str, Any]:
         """Facts for the report; counts are of parameters, of the UNet alone."""
         parameters = list(self.policy.unet.parameters())
@@ -203,13 +210,21 @@ class ImageWing:
             **self._family.describe(),
         }
 
-    def save(self, folder: Path, *, base: str | None) -> None:
+    def save(
+        self,
+        folder: Path,
+        *,
+        base: str | None = None,
+        weights: Mapping[str, torch.Tensor] | None = None,
+    ) -> None:
         """Write the adapter (diffusers' layout, kohya's beside it), or the whole pipeline folder.
 
         Args:
             folder: made if it is not there.
             base: the name that the adapter's metadata names as its base.
+            weights: None; an image policy is never sharded.
         """
+        assert weights is None, "an image policy is never sharded"
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         name = lora.adapter_name(self.policy.unet)

@@ -272,7 +272,7 @@ def loss_and_gradients(
     for micro in objective.micro_batches(batch, step=1):
         total, _ = objective(micro)
         (total / normaliser).backward()
-        loss += float(total) / normaliser
+        loss += total.item() / normaliser
     gradients = {n: p.grad.clone() for n, p in module.named_parameters() if p.grad is not None}
     module.zero_grad(set_to_none=True)
     return loss, gradients

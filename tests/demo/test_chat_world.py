@@ -115,9 +115,7 @@ def test_the_teaching_mixture_covers_all_styles_and_rarely_fits() -> None:
     prompts = world.make_prompts(1500, 6)
     answers = [world.make_answer(p, world.draw_style(rng, p), rng) for p in prompts]
     assert all(world.well_formed(answer) for answer in answers)
-    full = sum(
-        world.known_reward(p, a) > 0.999 for p, a in zip(prompts, answers, strict=True)
-    )
+    full = sum(world.known_reward(p, a) > 0.999 for p, a in zip(prompts, answers, strict=True))
     assert 0.1 < full / len(prompts) < 0.25
     for reading, values in (
         (world.tone_of, {"polite", "plain", "rude"}),

@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from alignkit import DPO, GenerationOptions, LoRA, TrainerOptions
@@ -166,21 +166,18 @@ def play(
         run_dir: instead of `folder / "run"`.
         alone: one process, which does not shard.
     """
-    from dataclasses import replace
-
-    case = CASES[name]
+    case, image = CASES[name], name.startswith("image")
     arguments = case.arguments()
     if alone:
         arguments["trainer"] = replace(arguments["trainer"], sharding="none")
     folder.mkdir(parents=True, exist_ok=True)
     run = build(
         case.policy(),
-        DPO(beta=0.1) if not name.startswith("image") else DPO(),
+        DPO() if image else DPO(beta=0.1),
         arguments.pop("data"),
         run_dir=run_dir or folder / "run",
         resume=resume,
-        generation=GenerationOptions(max_new_tokens=2)
-        if not name.startswith("image") else GenerationOptions(steps=1),
+        generation=GenerationOptions(steps=1) if image else GenerationOptions(max_new_tokens=2),
         **arguments,
     )
     gradients = _watch_gradients(run)
@@ -216,20 +213,14 @@ def whole(tensor: Tensor) -> Tensor:
 def _write(run: Run, gradients: Mapping[str, Tensor], folder: Path) -> None:
     parameters = run.trainer.parameters
     weights = {name: whole(p.detach()) for name, p in parameters.items()}
-    reference = getattr(run.trainer.objective.reference, "module", None)  # type: ignore[attr-defined]
+    objective: Any = run.trainer.objective
+    reference = getattr(objective.reference, "module", None)
     told = {
         "history": run.history,
         "metrics": run.metrics,
         "size": run.runtime.size,
-        "sharded": {n: isinstance(p, DTensor) for n, p in parameters.items()},
-        "local_numel": sum(_local(p).numel() for p in parameters.values()),
-        "numel": sum(p.numel() for p in parameters.values()),
-        "reference_local_numel": sum(_local(p).numel() for p in reference.parameters())
-        if reference is not None
-        else None,
-        "reference_numel": sum(p.numel() for p in reference.parameters())
-        if reference is not None
-        else None,
+        "policy": _placement(objective.backend.module),
+        "reference": None if reference is None else _placement(reference),
     }
     rank = run.runtime.rank
     (folder / f"rank{rank}.json").write_text(json.dumps(told))
@@ -241,5 +232,10 @@ def _write(run: Run, gradients: Mapping[str, Tensor], folder: Path) -> None:
     )
 
 
-def _local(parameter: Tensor) -> Tensor:
-    return parameter.to_local() if isinstance(parameter, DTensor) else parameter
+def _placement(module: nn.Module) -> dict[str, tuple[bool, int, int]]:
+    """Name -> (sharded, elements, elements held here) of every parameter."""
+    found = {}
+    for name, p in module.named_parameters():
+        local = p.to_local() if isinstance(p, DTensor) else p
+        found[name] = (isinstance(p, DTensor), p.numel(), local.numel())
+    return found

@@ -51,7 +51,7 @@ def play_world(
     folder.mkdir(parents=True, exist_ok=True)
     list_file = folder / "tasks.json"
     list_file.write_text(json.dumps(list(tasks)))
-    # `accelerate launch` starts several processes on a CPU through MPI only; torchrun needs nothing.
+    # Not `accelerate launch`: on a CPU it starts several processes through MPI only.
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(processes)]
     command += ["--master_addr", "127.0.0.1", "--master_port", str(free_port())]
     command += ["-m", "tests.distributed.world", str(list_file)]
@@ -75,7 +75,7 @@ def play_world(
 
 
 def _end(world: subprocess.Popen[bytes]) -> None:
-    """The launcher leads a session of its own, so its process group is our children and no others."""
+    """The launcher leads a session of its own: its group is our children and no others."""
     try:
         os.killpg(world.pid, signal.SIGKILL)
     except ProcessLookupError:

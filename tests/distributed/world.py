@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import sys
 import traceback
 from pathlib import Path
@@ -20,10 +21,18 @@ from tests.distributed.cases import play
 
 
 def train(folder: str, case: str, **arguments: Any) -> None:
-    for key in ("run_dir",):
-        if key in arguments:
-            arguments[key] = Path(arguments[key])
-    play(case, Path(folder), **arguments)
+    run_dir = arguments.pop("run_dir", None)
+    play(case, Path(folder), run_dir=None if run_dir is None else Path(run_dir), **arguments)
+
+
+def copy(folder: str, to: str) -> None:
+    """Keep a folder as it is now; the main process does it while the other waits."""
+    from alignkit.runtime import Runtime
+
+    runtime = Runtime()
+    if runtime.is_main:
+        shutil.copytree(folder, to)
+    runtime.barrier()
 
 
 def collectives(folder: str) -> None:

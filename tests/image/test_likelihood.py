@@ -360,18 +360,15 @@ def test_checkpointing_gives_the_plain_gradient(
         assert torch.allclose(plain, recomputed, atol=1e-6)
 
 
-def test_dropout_of_the_model_is_off_and_of_the_adapter_acts_in_training_only(
-    rows: list[dict[str, Any]],
-) -> None:
+def test_dropout_is_off(rows: list[dict[str, Any]]) -> None:
     wing = build(make_pipeline(), adapter=LoRA(rank=4, dropout=0.5), **BUILD)
     move(wing)
     batch = wing.examples(rows[:2], None, kind="pairs", seed=0).collate([0, 1], [0, 0])
     draw = wing.backend.draw(batch, (0, 1))
     wing.backend.module.train()
-    assert not wing.policy.unet.mid_block.training
-    assert torch.equal(total(wing, batch, draw), total(wing, batch, draw))
+    assert not any(module.training for module in wing.policy.unet.modules())
     first, second = (wing.backend.module(batch, draw).total for _ in range(2))
-    assert not torch.equal(first, second)
+    assert torch.equal(first, second)
 
 
 def test_bfloat16_stays_near_float32(pipe: Any, rows: list[dict[str, Any]]) -> None:
@@ -391,7 +388,7 @@ def test_dpo_steps_raise_the_margin(adapter: LoRA | None, rows: list[dict[str, A
     batch = wing.examples(rows[:4], None, kind="pairs", seed=0).collate(range(4), [0] * 4)
     reference = copy.deepcopy(wing.backend.module).requires_grad_(False)
     trained = [p for p in wing.backend.module.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=1e-3 if adapter is None else 1e-2)
+    optimizer = torch.optim.AdamW(trained, lr=1e-3 if adapter is None else 3e-3)
 
     def margins(step: int) -> Tensor:
         draw = wing.backend.draw(batch, (0, step))
@@ -409,4 +406,4 @@ def test_dpo_steps_raise_the_margin(adapter: LoRA | None, rows: list[dict[str, A
         optimizer.step()
     after = torch.stack([margins(1000 + step).detach() for step in range(10)])
     assert after.mean() > 1e-4
-    assert (after > 0).double().mean() > 0.8
+    assert (after.mean(0) > 0).all()

@@ -1,0 +1,97 @@
+"""FSDP2 on a mesh of two real processes: parameters are sharded, and nothing else changes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from tests.distributed.cases import Played, play
+from tests.distributed.compare import assert_replicas, assert_same_run, distance, saved_weights
+from tests.distributed.launch import play_world
+
+pytestmark = pytest.mark.slow
+
+FULL = ("sharded_full", "sharded_tied")
+NAMES = (*FULL, "sharded_lora", "sharded_continued")
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("alone")
+    for name in NAMES:
+        play(name, root / name, alone=True)
+    play("sharded_interrupted", root / "left", alone=True, stop_after=2)
+    return root
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory, alone: Path) -> Path:
+    root = tmp_path_factory.mktemp("world")
+    tasks = [{"do": "train", "folder": str(root / name), "case": name} for name in NAMES]
+    half = {"do": "train", "case": "sharded_interrupted"}
+    left = alone / "left" / "run" / "checkpoints" / "step-000002"
+    tasks += [
+        half | {"folder": str(root / "left"), "stop_after": 2},
+        half | {"folder": str(root / "continued"), "resume": str(left)},
+    ]
+    play_world(tasks, root)
+    return root
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_sharded_processes_train_what_one_trains(world: Path, alone: Path, name: str) -> None:
+    """Losses, metrics, each gradient, and parameters after 4 steps (measured: 2e-8 apart)."""
+    assert_same_run(Played.read(world / name), Played.read(alone / name))
+    assert_replicas(world / name)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_parameter_is_sharded(world: Path, name: str) -> None:
+    for rank in (0, 1):
+        local = Played.read(world / name, rank).local
+        assert (local["reference"] is not None) == (name in FULL)
+        for placement in filter(None, (local["policy"], local["reference"])):
+            assert all(sharded for sharded, _, _ in placement.values())
+            whole = sum(size for _, size, _ in placement.values())
+            here = sum(size for _, _, size in placement.values())
+            assert here == pytest.approx(whole / 2, rel=0.01)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_reference_equals_the_policy_at_the_start(world: Path, name: str) -> None:
+    first = Played.read(world / name).history[0]
+    assert first["rewards/margins"] == first["rewards/chosen"] == first["rewards/rejected"] == 0.0
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_saved_model_is_that_of_one_process(world: Path, alone: Path, name: str) -> None:
+    mine, theirs = saved_weights(world / name / "run"), saved_weights(alone / name / "run")
+    assert distance(mine, theirs) <= 1e-5  # the same names too: tied weights are saved once
+
+
+@pytest.mark.parametrize("name", FULL)
+def test_the_saved_model_loads(world: Path, name: str) -> None:
+    model = AutoModelForCausalLM.from_pretrained(world / name / "run" / "model")
+    weights = Played.read(world / name).weights
+    for key, tensor in model.named_parameters():
+        assert torch.equal(tensor, weights[f"policy.model.{key}"]), key
+
+
+def test_the_checkpoint_of_two_goes_on_with_one(world: Path, alone: Path, tmp_path: Path) -> None:
+    left = world / "left" / "run" / "checkpoints" / "step-000002"
+    play("sharded_interrupted", tmp_path, alone=True, resume=str(left))
+    mine, theirs = Played.read(tmp_path), Played.read(alone / "sharded_full")
+    assert [line["step"] for line in mine.history] == [3, 4]
+    assert mine.history[-1]["loss"] == pytest.approx(theirs.history[-1]["loss"], abs=1e-5)
+    assert distance(mine.weights, theirs.weights) <= 1e-5
+
+
+def test_the_checkpoint_of_one_goes_on_with_two(world: Path, alone: Path) -> None:
+    assert_replicas(world / "continued")
+    mine, theirs = Played.read(world / "continued"), Played.read(alone / "sharded_full")
+    assert [line["step"] for line in mine.history] == [3, 4]
+    assert mine.history[-1]["loss"] == pytest.approx(theirs.history[-1]["loss"], abs=1e-5)
+    assert distance(mine.weights, theirs.weights) <= 1e-5
