@@ -37,8 +37,8 @@ def autocast(device: torch.device, precision: str) -> AbstractContextManager[Any
 class DenoisingLikelihood(nn.Module):
     """One UNet call on all images of a micro-batch; its forward **is** the likelihood.
 
-    Dropout is off for good, also an adapter's: `train()` keeps the module in evaluation mode, because
-    policy and reference must compute the same function.
+    Dropout is off for good, also an adapter's: `train()` keeps the module in evaluation mode,
+    because policy and reference must compute the same function.
 
     Args:
         unet: the denoiser, shared with the pipeline.

@@ -13,6 +13,7 @@ from alignkit.losses import PREFERENCE_LOSSES
 from alignkit.objectives.preference import PreferenceObjective
 from alignkit.options import TextOptions
 from alignkit.reference import AdapterOff, FrozenAdapter, FrozenModel, NoReference
+from alignkit.runtime import Runtime
 from alignkit.text.wing import build as build_text
 from tests.builders import (
     loss_and_gradients,
@@ -191,7 +192,7 @@ def test_gradient_checkpointing_changes_no_gradient(architecture, kind) -> None:
             "frozen adapter": FrozenAdapter(wing.backend),
             "full": FrozenModel.copy_of(wing.backend.module),
         }[kind]
-        reference.prepare(None)
+        reference.prepare(Runtime())
         move(wing.backend.module)
         objective = PreferenceObjective(
             wing.backend, reference, PREFERENCE_LOSSES["sigmoid"], beta=0.1, budget=3

@@ -19,7 +19,8 @@ from alignkit.evaluate import paired_difference
 from alignkit.facts import EvaluationRow
 from alignkit.methods import DPO
 from alignkit.options import GenerationOptions, LoRA, TrainerOptions
-from alignkit.run import AlignResult, Run
+from alignkit.result import AlignResult
+from alignkit.run import Run
 
 MODEL = Path(__file__).parent / "models" / "sdxl"
 
@@ -58,6 +59,7 @@ def run_images(folder: Path, size: ImageDemo) -> tuple[AlignResult, list[Evaluat
         run_dir=folder / "run",
         resume="never",
     )
+    assert isinstance(run, Run)
     prompts = make_prompts(size.prompts, seed=1, split="heldout")
     asked = [prompt.text for prompt in prompts]
     before = run.wing.sample(asked, generation, seed=1)

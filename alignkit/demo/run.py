@@ -13,7 +13,7 @@ from alignkit.demo.text import TextDemo, run_text
 from alignkit.errors import ConfigError
 from alignkit.facts import EvaluationRow, ReportFacts, duration, memory
 from alignkit.report import summary_table, write_index, write_report
-from alignkit.run import AlignResult
+from alignkit.result import AlignResult
 from alignkit.run_folder import RunFolder
 from alignkit.runtime import Runtime
 

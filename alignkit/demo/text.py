@@ -14,7 +14,8 @@ from alignkit.evaluate import paired_difference
 from alignkit.facts import EvaluationRow
 from alignkit.methods import DPO
 from alignkit.options import GenerationOptions, TextOptions, TrainerOptions
-from alignkit.run import AlignResult, Run
+from alignkit.result import AlignResult
+from alignkit.run import Run
 
 MODEL = Path(__file__).parent / "models" / "chat"
 
@@ -54,6 +55,7 @@ def run_text(folder: Path, size: TextDemo) -> tuple[AlignResult, list[Evaluation
         run_dir=folder / "run",
         resume="never",
     )
+    assert isinstance(run, Run)
     prompts = make_prompts(size.prompts, seed=1, split="heldout")
     asked = [prompt.messages for prompt in prompts]
     before = run.wing.sample(asked, generation, seed=1)

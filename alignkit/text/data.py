@@ -12,15 +12,13 @@ import numpy as np
 import torch
 
 from alignkit.batches import Batch
-from alignkit.errors import DataError, nearest
+from alignkit.errors import DataError
 from alignkit.options import TextOptions
+from alignkit.text.columns import NEUTRAL, TOKENS, check_columns, numbers_of
 from alignkit.text.content import Ids, TextContent
-from alignkit.text.formats import BadRow, Rendered, render_pair
+from alignkit.text.formats import BadRow, Rendered, left_open, render_pair, single_bos
 
 log = logging.getLogger("alignkit")
-
-TOKENS = ("prompt_ids", "chosen_ids", "rejected_ids")
-IMAGES = ("image", "images")
 
 
 @dataclass(frozen=True)
@@ -89,9 +87,9 @@ def read_pairs(rows: Any, tokenizer: Any, options: TextOptions) -> TextPairs:
     rendered: list[tuple[int, Rendered | Mapping[str, Any]]] = []
     numbers: dict[str, list[float]] = {}
     for number, row in enumerate(rows):
-        _check_columns(row, reader.name)
+        check_columns(row, reader.name)
         with reader.guard(number):
-            values = _numbers(row)
+            values = numbers_of(row)
             rendered.append((number, row if TOKENS[0] in row else render_pair(tokenizer, row)))
             for column, value in values.items():
                 numbers.setdefault(column, [float("nan")] * number).append(value)
@@ -108,50 +106,11 @@ def read_pairs(rows: Any, tokenizer: Any, options: TextOptions) -> TextPairs:
     reader.warn()
     places = [pair.number for pair in pairs]
     columns = {
-        name: np.nan_to_num(np.asarray(values, dtype=np.float32)[places], nan=_NEUTRAL[name])
+        name: np.nan_to_num(np.asarray(values, dtype=np.float32)[places], nan=NEUTRAL[name])
         for name, values in numbers.items()
     }
     chat = any(isinstance(item, Rendered) and item.chat for _, item in rendered)
     return TextPairs(pairs, columns, dict(reader.skipped), chat)
-
-
-_NEUTRAL = {"weight": 1.0, "target_margin": 0.0, "p_chosen": 1.0}
-_COLUMN_OF = {"weight": "weight", "margin": "target_margin", "p_chosen": "p_chosen"}
-
-
-def _numbers(row: Mapping[str, Any]) -> dict[str, float]:
-    """The optional numeric columns of a row, checked."""
-    values = {}
-    for theirs, ours in _COLUMN_OF.items():
-        value = row.get(theirs)
-        if value is None:
-            continue
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or value != value:
-            raise BadRow(f"{theirs} must be a number; got {value!r}")
-        if ours == "weight" and value < 0:
-            raise BadRow(f"weight must be at least 0; got {value}")
-        if ours == "p_chosen" and not 0 <= value <= 1:
-            raise BadRow(f"p_chosen is a probability; got {value}")
-        values[ours] = float(value)
-    return values
-
-
-def _check_columns(row: Mapping[str, Any], name: str) -> None:
-    images = [column for column in IMAGES if row.get(column)]
-    if images:
-        raise DataError(
-            f"{name} has image columns {images}: vision-language policies are not supported. "
-            "Remove the columns, or give a diffusion pipeline as policy."
-        )
-    needed = TOKENS if TOKENS[0] in row else ("chosen", "rejected")
-    for column in needed:
-        if column not in row:
-            known = ", ".join(sorted(row)) or "none"
-            raise DataError(
-                f"{name}: preference rows need the columns prompt, chosen and rejected; {column!r} "
-                f"is missing. Columns found: {known}.{nearest(column, row)} Rename with "
-                f"data_options.columns={{{column!r}: '<your column>'}}."
-            )
 
 
 def _tokenise(tokenizer: Any, rendered: Sequence[Rendered]) -> dict[tuple[str, bool], Ids]:
@@ -186,6 +145,7 @@ class _Reader:
     """From rendered rows to token pairs, with the policies for what cannot be used."""
 
     def __init__(self, tokenizer: Any, options: TextOptions, name: str) -> None:
+        self.tokenizer = tokenizer
         self.options = options
         self.name = name
         self.eos = tokenizer.eos_token_id
@@ -222,24 +182,26 @@ class _Reader:
         prompt's last characters with the answer's first, that token belongs to the completion.
         """
         full = [self._closed(tokens[text, item.chat], item) for text in item.full]
-        known = full if item.prompt is None else [tokens[item.prompt, item.chat], *full]
+        known = full
+        if item.prompt is not None:
+            prompt = tokens[item.prompt, item.chat]
+            known = [prompt if item.chat else left_open(self.tokenizer, item.prompt, prompt), *full]
         boundary = common_prefix(*known)
+        if item.prompt is None and boundary <= int(not item.chat and full[0][0] == self.bos):
+            raise BadRow(
+                "there is no prompt column, and chosen and rejected have no first words in common"
+            )
         if item.prompt is not None and boundary < len(known[0]):
             self.merged += 1
         # An answer that is a prefix of the other still has its last token as completion.
         boundary = min(boundary, *(len(one) - 1 for one in full))
-        prompt = full[0][:boundary]
-        return prompt, full[0][boundary:], full[1][boundary:]
+        return full[0][:boundary], full[0][boundary:], full[1][boundary:]
 
     def _closed(self, ids: Ids, item: Rendered) -> Ids:
-        """Plain text ends with eos, once; a chat template ends turns itself.
-
-        BOS is never doubled.
-        """
+        """Plain text ends with eos and begins with bos once; a chat template places them itself."""
         if item.chat:
             return ids
-        if len(ids) > 1 and self.bos is not None and ids[0] == ids[1] == self.bos:
-            ids = ids[1:]
+        ids = single_bos(self.tokenizer, ids)
         if self.eos is not None and (len(ids) == 0 or ids[-1] != self.eos):
             ids = np.append(ids, np.int32(self.eos))
         return ids
@@ -248,12 +210,15 @@ class _Reader:
         arrays = []
         for column in TOKENS:
             try:
-                array = np.asarray(row[column], dtype=np.int32)
+                array = np.asarray(row[column])
             except (TypeError, ValueError) as error:
                 raise BadRow(f"{column} must be a list of token ids") from error
             if array.ndim != 1 or (column != "prompt_ids" and len(array) == 0):
                 raise BadRow(f"{column} must be a non-empty list of token ids")
-            arrays.append(array)
+            whole = len(array) == 0 or array.dtype.kind in "iu"
+            if not whole or not ((array >= 0) & (array < 2**31)).all():
+                raise BadRow(f"{column} must be a list of token ids, integers of at least 0")
+            arrays.append(array.astype(np.int32))
         return arrays[0], arrays[1], arrays[2]
 
     def finish(self, number: int, prompt: Ids, chosen: Ids, rejected: Ids) -> TokenPair | None:

@@ -140,6 +140,19 @@ def render_prompt(tokenizer: Any, prompt: Any, *, chat: bool) -> str:
     return render(tokenizer, messages, generation_prompt=True)
 
 
+def single_bos(tokenizer: Any, ids: Any) -> Any:
+    """Ids without the second of two leading bos: one was written out and one added."""
+    doubled = len(ids) > 1 and ids[0] == ids[1] == tokenizer.bos_token_id
+    return ids[1:] if doubled else ids
+
+
+def left_open(tokenizer: Any, text: str, ids: Any) -> Any:
+    """Ids of a plain prompt, without the eos by which some tokenizers close every text."""
+    ids = single_bos(tokenizer, ids)
+    closed = len(ids) > 0 and ids[-1] == tokenizer.eos_token_id
+    return ids[:-1] if closed and not text.endswith(tokenizer.eos_token) else ids
+
+
 def prompt_text(prompt: Any) -> str:
     """A prompt as a person reads it: the last user turn of a conversation, or the string."""
     if isinstance(prompt, str):

@@ -158,7 +158,9 @@ def checkpoint_layers(model: Any) -> None:
             f"{type(base).__name__} does not support gradient checkpointing; set "
             "trainer.gradient_checkpointing to false."
         )
-    base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    # transformers 5.23 renamed it.
+    old = getattr(base, "gradient_checkpointing_enable", None)
+    getattr(base, "activation_checkpointing_enable", old)({"use_reentrant": False})
     for layer in model.modules():
         if getattr(layer, "gradient_checkpointing", False) is True:
             drops = [

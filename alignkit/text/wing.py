@@ -15,7 +15,7 @@ from alignkit.errors import ConfigError
 from alignkit.options import GenerationOptions, LoRA, TextOptions
 from alignkit.rows import read_rows
 from alignkit.text.data import TextPairs, read_pairs
-from alignkit.text.formats import prompt_text, render_prompt
+from alignkit.text.formats import left_open, prompt_text, render_prompt
 from alignkit.text.generation import generate
 from alignkit.text.likelihood import TextBackend, TextLikelihood
 from alignkit.text.policy import attach, checkpoint_layers, load
@@ -132,6 +132,7 @@ class TextWing:
             chat = self.chat or not isinstance(prompt, str)
             text = render_prompt(self.tokenizer, prompt, chat=chat)
             one = self.tokenizer(text, add_special_tokens=not chat)["input_ids"]
+            one = one if chat else left_open(self.tokenizer, text, one)
             if not one:
                 begin = self.tokenizer.bos_token_id
                 one = [begin if begin is not None else self.tokenizer.eos_token_id]
@@ -188,5 +189,6 @@ class TextWing:
         """Give a model in hand back in the mode it came in."""
         if self.checkpointed:
             base = self.policy.get_base_model() if self.adapter != "none" else self.policy
-            base.gradient_checkpointing_disable()
+            old = getattr(base, "gradient_checkpointing_disable", None)
+            getattr(base, "activation_checkpointing_disable", old)()
         self.policy.train(self.was_training)

@@ -173,7 +173,7 @@ def play(
     folder.mkdir(parents=True, exist_ok=True)
     run = build(
         case.policy(),
-        DPO() if image else DPO(beta=0.1),
+        DPO(beta=100.0 if image else 0.1),
         arguments.pop("data"),
         run_dir=run_dir or folder / "run",
         resume=resume,

@@ -14,7 +14,11 @@ from tests.distributed.cases import Played, play
 from tests.distributed.compare import assert_replicas, assert_same_run, distance, saved_weights
 from tests.distributed.launch import play_world
 
-pytestmark = pytest.mark.slow
+pytestmark = [
+    pytest.mark.slow,
+    # diffusers 0.42 gives a tensor to numpy's array functions.
+    pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning"),
+]
 
 NAMES = ("image_full", "image_lora")
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import BUILD, make_pipeline
+from conftest import BUILD, make_pipeline, picture
 from torch import Tensor, nn
 
 from alignkit.batches import Batch
@@ -381,29 +381,38 @@ def test_bfloat16_stays_near_float32(pipe: Any, rows: list[dict[str, Any]]) -> N
     assert not torch.equal(scores, total(exact, batch))
 
 
-@pytest.mark.parametrize("adapter", [None, LoRA(rank=4)])
-def test_dpo_steps_raise_the_margin(adapter: LoRA | None, rows: list[dict[str, Any]]) -> None:
-    # Fresh draws every step, measured on draws of their own: not a fit of one noise.
+@pytest.mark.parametrize("adapter", [None, LoRA(rank=4, targets="all")])
+def test_dpo_steps_raise_the_margin(adapter: LoRA | None) -> None:
+    # Dark is better than bright. Fresh draws every step, measured on draws and pictures of their
+    # own: neither a fit of one noise nor of one picture.
     wing = build(make_pipeline(), adapter=adapter, **BUILD)
-    batch = wing.examples(rows[:4], None, kind="pairs", seed=0).collate(range(4), [0] * 4)
+    rows = [
+        {
+            "prompt": "a house",
+            "chosen": picture(2 * i).point(lambda value: value // 4),
+            "rejected": picture(2 * i + 1).point(lambda value: 255 - value // 4),
+        }
+        for i in range(8)
+    ]
+    examples = wing.examples(rows, None, kind="pairs", seed=0)
+    seen, held_out = (examples.collate(part, [0] * 4) for part in (range(4), range(4, 8)))
     reference = copy.deepcopy(wing.backend.module).requires_grad_(False)
     trained = [p for p in wing.backend.module.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=1e-3 if adapter is None else 3e-3)
+    optimizer = torch.optim.AdamW(trained, lr=1e-3 if adapter is None else 1e-2)
 
-    def margins(step: int) -> Tensor:
+    def margins(batch: Batch, step: int) -> Tensor:
         draw = wing.backend.draw(batch, (0, step))
         with torch.no_grad():
             frozen = reference(batch, draw).total
         return margin(wing.backend.module(batch, draw).total, frozen)
 
-    assert torch.equal(margins(1), torch.zeros(4))
-    for step in range(1, 26):
-        loss = nn.functional.softplus(-5000 * margins(step)).mean()
+    assert torch.equal(margins(seen, 1), torch.zeros(4))
+    for step in range(1, 31):
+        loss = nn.functional.softplus(-500 * margins(seen, step)).mean()
         if step == 1:
             assert loss.item() == pytest.approx(math.log(2), abs=1e-7)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    after = torch.stack([margins(1000 + step).detach() for step in range(10)])
-    assert after.mean() > 1e-4
-    assert (after.mean(0) > 0).all()
+    after = torch.cat([margins(held_out, 1000 + step).detach() for step in range(10)])
+    assert after.mean() > 3 * after.std() / math.sqrt(len(after))
