@@ -210,9 +210,14 @@ def _banner(config: RunConfig, resolved: Mapping[str, Any]) -> str:
 
 
 def load_trained(config: RunConfig, modality: str, folder: RunFolder, runtime: Runtime) -> Wing:
-    """The wing of a finished run, from its `model/` (an image adapter also needs its base)."""
+    """The wing of a finished run, from its `model/`.
+
+    An adapter goes onto its base: an image adapter's folder does not name it, nor does that of a
+    model in hand.
+    """
     model = str(folder.model_dir)
-    if modality == "image" and config.adapter is not None:
+    named = modality == "text" and isinstance(config.policy, (str, Path))
+    if config.adapter is not None and not named:
         trained = replace(config, adapter=replace(config.adapter, continue_from=model))
     else:
         trained = replace(config, policy=model, adapter=None)

@@ -9,11 +9,14 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import secrets
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from safetensors import SafetensorError
 
 from alignkit.errors import CheckpointError
 
@@ -106,6 +109,13 @@ def _readable_errors(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise cannot_write(path, error) from error
+    except SafetensorError as error:
+        # safetensors tells of a refused write in its own words, which end with the system's code.
+        code = re.search(r"\(os error (\d+)\)", str(error))
+        if code is None:
+            raise
+        refused = OSError(int(code[1]), os.strerror(int(code[1])))
+        raise cannot_write(path, refused) from error
 
 
 def cannot_write(path: Path, error: OSError) -> CheckpointError:

@@ -62,7 +62,7 @@ def check(folder: Path) -> None:
     try:
         digests = json.loads((folder / MANIFEST).read_text())
         damaged = [name for name in (STATE, TENSORS) if _digest(folder / name) != digests[name]]
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"Checkpoint {folder} cannot be read: {error}.") from error
     if damaged:
         raise CheckpointError(

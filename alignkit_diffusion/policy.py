@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from alignkit.errors import ConfigError, refuse_unknown
+from alignkit.memory import align_memory
 from alignkit_diffusion.families import Family, check_class, family_of
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -59,7 +60,7 @@ def load_policy(policy: Any, *, precision: str, whole: bool, device: torch.devic
     if name is None:
         _adopt(pipe, to_float32=dtype == torch.float32)
     pipe.unet.to(device)
-    _align_memory(pipe.unet)
+    align_memory(pipe.unet)
     return Policy(pipe, vae, family, name)
 
 
@@ -102,17 +103,6 @@ def _adopt(pipe: Any, *, to_float32: bool) -> None:
         )
     if to_float32 and any(p.dtype != torch.float32 for p in unet.parameters()):
         nn.Module.to(unet, torch.float32)  # diffusers' own `to` warns of every cast
-
-
-def _align_memory(module: nn.Module) -> None:
-    """Move weights that a file was mapped to onto 64-byte boundaries.
-
-    Some CPU kernels sum in another order off them, and then a copy of the model, which is always on
-    them, differs from it in the last bit.
-    """
-    for parameter in module.parameters():
-        if parameter.device.type == "cpu" and parameter.data_ptr() % 64:
-            parameter.data = parameter.data.clone()
 
 
 def factor_of(pipe: Any, autoencoder_factor: int) -> int:

@@ -230,7 +230,8 @@ class TableExamples:
 
 
 def table_source(num: int, batch_size: int, **options: Any) -> RowSource:
-    examples = options.pop("examples", None) or TableExamples(num, options.pop("weight", None))
+    made = TableExamples(num, options.pop("weight", None))
+    examples = options.pop("examples", made)
     given = {"epochs": 1, "seed": 0, "processes": ONE_PROCESS, **options}
     return RowSource(examples, batch_size=batch_size, **given)
 

@@ -67,6 +67,7 @@ def attach(model: Any, adapter: LoRA | None) -> tuple[Any, str]:
     Trained parameters become float32, whatever the rest is stored in.
     """
     from peft import PeftModel, get_peft_model
+    from peft.tuners.tuners_utils import BaseTunerLayer
 
     if isinstance(model, PeftModel):
         if adapter is not None:
@@ -76,6 +77,12 @@ def attach(model: Any, adapter: LoRA | None) -> tuple[Any, str]:
             )
         kind = "continued"
         _train_active_adapter(model)
+    elif any(isinstance(layer, BaseTunerLayer) for layer in model.modules()):
+        raise ConfigError(
+            "This model carries an adapter's layers and is not the PeftModel that made them (has "
+            "it been trained with an adapter before?). Give that PeftModel, such as result.model, "
+            "or load the model afresh."
+        )
     elif adapter is None:
         model.requires_grad_(True)
         kind = "none"
@@ -159,8 +166,8 @@ def checkpoint_layers(model: Any) -> None:
             "trainer.gradient_checkpointing to false."
         )
     # transformers 5.23 renamed it.
-    old = getattr(base, "gradient_checkpointing_enable", None)
-    getattr(base, "activation_checkpointing_enable", old)({"use_reentrant": False})
+    renamed = getattr(base, "activation_checkpointing_enable", None)
+    (renamed or base.gradient_checkpointing_enable)({"use_reentrant": False})
     for layer in model.modules():
         if getattr(layer, "gradient_checkpointing", False) is True:
             drops = [

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 
 from alignkit.adapters import adapters_off
 from alignkit.errors import ConfigError
+from alignkit.memory import align_memory
 from alignkit.options import GenerationOptions, LoRA, TextOptions
 from alignkit.rows import read_rows
 from alignkit.text.data import TextPairs, read_pairs
@@ -53,6 +55,7 @@ def build(
         torch.manual_seed(seed)  # peft draws A from the global generator
         model, kind = attach(model, adapter)
     model.to(device)
+    align_memory(model)
     autocast = None if dtype == torch.float32 else dtype
     module = TextLikelihood(model, autocast=autocast)
     if gradient_checkpointing == "auto":
@@ -123,7 +126,8 @@ class TextWing:
         """One answer per prompt; bare strings are wrapped as a user's turn if the data was chat."""
         ids = self._prompt_ids(prompts)
         eos = self._eos_ids()
-        new = generate(self.policy, self.tokenizer, ids, options, seed=seed, eos_ids=eos)
+        with _evaluating(self.policy):
+            new = generate(self.policy, self.tokenizer, ids, options, seed=seed, eos_ids=eos)
         return [self.tokenizer.decode(one, skip_special_tokens=True).strip() for one in new]
 
     def _prompt_ids(self, prompts: Sequence[Any]) -> list[np.ndarray]:
@@ -182,13 +186,29 @@ class TextWing:
     ) -> None:
         """A model folder (`from_pretrained`) or an adapter folder (`PeftModel.from_pretrained`)."""
         given = {} if weights is None else {"state_dict": dict(weights)}
+        config = self.policy.config
+        before = dict(vars(config))  # saving writes the architecture into the caller's config
         self.policy.save_pretrained(folder, **given)
+        vars(config).clear()
+        vars(config).update(before)
         self.tokenizer.save_pretrained(folder)
 
     def release(self) -> None:
         """Give a model in hand back in the mode it came in."""
         if self.checkpointed:
             base = self.policy.get_base_model() if self.adapter != "none" else self.policy
-            old = getattr(base, "gradient_checkpointing_disable", None)
-            getattr(base, "activation_checkpointing_disable", old)()
+            renamed = getattr(base, "activation_checkpointing_disable", None)
+            (renamed or base.gradient_checkpointing_disable)()
         self.policy.train(self.was_training)
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """All of the model in eval mode: no dropout, and no checkpointing, which forbids the cache."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
