@@ -89,6 +89,13 @@ def prune(checkpoints: Path, keep: int, spare: Path | None = None) -> None:
             shutil.rmtree(folder)
 
 
+def drop_after(checkpoints: Path, step: int) -> None:
+    """Remove the checkpoints of later steps, which a run that goes on from `step` makes anew."""
+    for folder in list(_all(checkpoints)):
+        if step_of(folder) > step:
+            shutil.rmtree(folder)
+
+
 def folder_of(checkpoints: Path, step: int) -> Path:
     return checkpoints / f"step-{step:06d}"
 

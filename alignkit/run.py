@@ -85,6 +85,8 @@ class Run:
         if self.writes:
             assert self.folder is not None
             self.folder.reopen()
+            # In this order: a kill in between leaves no checkpoint without its metrics.
+            checkpoint.drop_after(self.folder.checkpoints, self.trainer.step)
             self.history = self.folder.cut_metrics(self.trainer.step)
         self.history = self.runtime.share(self.history)
         log.info("Resumed from %s.", path)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 
 from alignkit.adapters import lora_config
@@ -45,11 +46,10 @@ def load(policy: Any, *, dtype: torch.dtype) -> tuple[Any, Any]:
         else:
             model = AutoModelForCausalLM.from_pretrained(name, **options)
         tokenizer = AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         raise ConfigError(
             f"The policy {name!r} could not be loaded as a causal language model with its "
-            "tokenizer: "
-            f"{error}"
+            f"tokenizer: {error}"
         ) from error
     return model, tokenizer
 

@@ -121,6 +121,11 @@ CASES: Mapping[str, Case] = {
     "sharded_lora": Case(_text("llama"), _lora(sharding="fsdp2")),
     "sharded_continued": Case(_continued, _plain(sharding="fsdp2")),
     "sharded_interrupted": Case(_text("llama"), _plain(sharding="fsdp2", save_every=2)),
+    "sharded_adafactor": Case(_text("llama"), _plain(sharding="fsdp2", optimizer="adafactor")),
+    "sharded_checkpointed": Case(_text("llama"), _plain(sharding="fsdp2", gradient_checkpointing=True)),
+    "sharded_bf16": Case(_text("llama"), _plain(sharding="fsdp2", precision="bf16")),
+    "sharded_lora_bf16": Case(_text("llama"), _lora(sharding="fsdp2", precision="bf16")),
+    "sharded_compiled": Case(_text("llama"), _plain(sharding="fsdp2", compile=True)),
     "image_full": Case(_image, _pictures()),
     "image_lora": Case(_image, _pictures(adapter=LoRA(rank=4))),
 }
