@@ -260,6 +260,11 @@ def _check_hardware(config: RunConfig, modality: str | None) -> None:
                 "trainer.precision='fp16' needs a GPU, and this machine has none. "
                 "Write precision='fp32' or 'bf16'."
             )
+    if trainer.sharding == "fsdp2" and trainer.optimizer != "adamw":
+        raise ConfigError(
+            f"trainer.sharding='fsdp2' shards the state of optimizer='adamw' only; got "
+            f"optimizer={trainer.optimizer!r}. Write optimizer='adamw', or leave sharding out."
+        )
     if trainer.sharding == "fsdp2" and modality == "image":
         raise ConfigError(
             "trainer.sharding='fsdp2' is for text policies only: an SDXL pipeline fits one device, "

@@ -44,7 +44,7 @@ CHAT_TEMPLATE = (
 )
 #: Shares of the examples: half of the training tokens are answers, half are feedback.
 MIX = {"answer": 58, "critique": 8, "revise": 10, "verdict": 16, "score": 8}
-BATCH_TOKENS = 2048
+BATCH_TOKENS = 4096
 POOL = 8192  # examples drawn at once, then grouped by length to save padding
 PROMPT_WEIGHT = 0.1  # the prompt's own tokens teach the words of the world
 DIGIT_WEIGHT = 4.0  # a verdict or score is a single token that must not drown
@@ -91,11 +91,11 @@ def build_model(tokenizer: PreTrainedTokenizerFast, seed: int) -> LlamaForCausal
     torch.manual_seed(seed)
     config = LlamaConfig(
         vocab_size=len(tokenizer),
-        hidden_size=128,
-        intermediate_size=384,
-        num_hidden_layers=6,
-        num_attention_heads=4,
-        num_key_value_heads=4,
+        hidden_size=160,
+        intermediate_size=432,
+        num_hidden_layers=4,
+        num_attention_heads=5,
+        num_key_value_heads=5,
         max_position_embeddings=512,
         tie_word_embeddings=True,
         pad_token_id=tokenizer.pad_token_id,
@@ -152,13 +152,13 @@ def train(
     steps: int,
     peak_lr: float = 2e-3,
 ) -> float:
-    """Train with AdamW on a cosine schedule; gives back the mean loss of the last 200 steps."""
+    """Train with AdamW on a cosine schedule; gives back the mean loss of the last 100 steps."""
     optimizer = torch.optim.AdamW(
-        model.parameters(), lr=peak_lr, betas=(0.9, 0.95), weight_decay=0.05, fused=True
+        model.parameters(), lr=peak_lr, betas=(0.9, 0.95), weight_decay=0.05
     )
     start, losses = time.monotonic(), []
     for step, (ids, weights) in zip(range(steps), batches(tokenizer, seed), strict=False):
-        warm = min(1.0, (step + 1) / 300)
+        warm = min(1.0, (step + 1) / 150)
         cosine = 0.5 * (1 + math.cos(math.pi * step / steps))
         for group in optimizer.param_groups:
             group["lr"] = peak_lr * warm * (0.01 + 0.99 * cosine)
@@ -176,11 +176,11 @@ def train(
         optimizer.step()
         reply = weight > PROMPT_WEIGHT
         losses.append(token_loss[reply].mean().item())
-        if (step + 1) % 200 == 0:
-            recent = sum(losses[-200:]) / 200
+        if (step + 1) % 100 == 0:
+            recent = sum(losses[-100:]) / 100
             seconds = time.monotonic() - start
             print(f"step {step + 1}/{steps}  reply loss {recent:.4f}  {seconds:.0f} s", flush=True)
-    return sum(losses[-200:]) / len(losses[-200:])
+    return sum(losses[-100:]) / len(losses[-100:])
 
 
 def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, out_dir: Path) -> None:
@@ -198,7 +198,7 @@ def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, out_dir: P
     path.write_text(json.dumps(config, indent=2) + "\n")
 
 
-def make(out_dir: Path, seed: int = 0, steps: int = 8000) -> float:
+def make(out_dir: Path, seed: int = 0, steps: int = 3600) -> float:
     """Train tokenizer and model and write them to ``out_dir``; gives back the final loss."""
     torch.set_num_threads(1)
     tokenizer = train_tokenizer(seed)
@@ -213,7 +213,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("out", type=Path)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--steps", type=int, default=8000)
+    parser.add_argument("--steps", type=int, default=3600)
     args = parser.parse_args()
     print(f"final reply loss {make(args.out, args.seed, args.steps):.4f}")
 

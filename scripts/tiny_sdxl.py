@@ -176,16 +176,16 @@ def train_vae(vae: AutoencoderKL, rng: np.random.Generator, steps: int) -> None:
 
 
 @torch.no_grad()
-def encode_all(vae: AutoencoderKL, pictures: Tensor) -> Tensor:
-    """Posterior means of all pictures, scaled to unit deviation (the scale goes to the config)."""
-    latents = _means(vae, pictures)
-    _balance(vae, latents.mean((0, 2, 3)), latents.std((0, 2, 3)))
-    latents = _means(vae, pictures)
-    vae.register_to_config(scaling_factor=float(1 / latents.std()))
-    return latents * vae.config.scaling_factor
+def normalise_latents(vae: AutoencoderKL, pictures: Tensor) -> None:
+    """Balance the VAE's channels and set the scaling factor that gives unit deviation."""
+    means = encode(vae, pictures)
+    _balance(vae, means.mean((0, 2, 3)), means.std((0, 2, 3)))
+    vae.register_to_config(scaling_factor=float(1 / encode(vae, pictures).std()))
 
 
-def _means(vae: AutoencoderKL, pictures: Tensor) -> Tensor:
+@torch.no_grad()
+def encode(vae: AutoencoderKL, pictures: Tensor) -> Tensor:
+    """The posterior means, unscaled."""
     batches = [vae.encode(scaled(batch)).latent_dist.mean for batch in pictures.split(256)]
     return torch.cat(batches).contiguous()
 
@@ -204,6 +204,13 @@ def _balance(vae: AutoencoderKL, mean: Tensor, deviation: Tensor) -> None:
     narrow.bias[channels:] += 2 * factor.log()
     wide.bias += wide.weight[:, :, 0, 0] @ mean
     wide.weight /= factor.view(1, -1, 1, 1)
+
+
+def tokenize(pipe: StableDiffusionXLPipeline, captions: list[str]) -> Tensor:
+    """Token ids, padded as the pipeline pads."""
+    return pipe.tokenizer(
+        captions, padding="max_length", max_length=TOKENS, truncation=True, return_tensors="pt"
+    ).input_ids
 
 
 def embed(pipe: StableDiffusionXLPipeline, ids: Tensor) -> tuple[Tensor, Tensor]:
@@ -307,10 +314,9 @@ def make(
     train_vae(pipe.vae, np.random.default_rng([seed, 0]), vae_steps)
     torch.manual_seed(seed)
     captions, pictures = draw_pictures(scenes, np.random.default_rng([seed, 1]))
-    ids = pipe.tokenizer(
-        captions, padding="max_length", max_length=TOKENS, return_tensors="pt"
-    ).input_ids
-    train_denoiser(pipe, encode_all(pipe.vae, pictures), ids, unet_steps)
+    normalise_latents(pipe.vae, pictures)
+    latents = encode(pipe.vae, pictures) * pipe.vae.config.scaling_factor
+    train_denoiser(pipe, latents, tokenize(pipe, captions), unet_steps)
     save(pipe, out_dir)
 
 

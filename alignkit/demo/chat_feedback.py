@@ -76,14 +76,14 @@ def feedback_turn(
             raise ValueError("a verdict needs two answers")
         return (
             f"Principle: {rule}.\nQuestion: {question}\n(1) {answer}\n(2) {second}\n"
-            f"By the principle to {rule}, which answer is better?"
+            "Which answer is better by the principle?"
         )
     if second is not None:
         raise ValueError(f"a {task} turn takes one answer")
     request = {
-        "critique": f"Does the answer keep the principle to {rule}?",
-        "revise": f"Rewrite the answer so that it keeps the principle to {rule}.",
-        "score": f"Rate the answer by the principle to {rule}.",
+        "critique": "Does the answer keep the principle?",
+        "revise": "Rewrite the answer so that it keeps the principle.",
+        "score": "Rate the answer by the principle.",
     }[task]
     return f"Principle: {rule}.\nQuestion: {question}\nAnswer: {answer}\n{request}"
 
@@ -113,35 +113,33 @@ def keeps(principle: str, prompt: ChatPrompt, answer: str) -> bool:
 
 
 def critique_of(principle: str, prompt: ChatPrompt, answer: str) -> str:
-    """The critique the rule gives: what the answer does, then whether that keeps the principle.
-
-    The reason comes first because a small model judges better after naming it.
-    """
+    """The critique the rule gives: whether the answer keeps the principle, and why."""
     good = keeps(principle, prompt, answer)
     verb = "keeps" if good else "breaks"
-    return f"{_reason(principle, prompt, answer, good)}, so it {verb} the principle."
+    return f"The answer {verb} the principle because {_reason(principle, prompt, answer, good)}."
 
 
 def _reason(principle: str, prompt: ChatPrompt, answer: str, good: bool) -> str:
     if principle == "polite":
-        return f"The answer is {tone_of(answer)}"
+        words = {"polite": "it is courteous", "plain": "it is too plain", "rude": "it is rude"}
+        return words[tone_of(answer)]
     if principle == "brief":
-        return f"The answer is {'short' if good else 'long'}"
+        return "it is short" if good else "it is too long"
     if principle == "on_topic":
         subject = subject_of(prompt, answer)
-        said = f"the {prompt.facts[subject]}" if subject else "nothing"
-        return f"The question is about the {prompt.facts['topic']} and the answer about {said}"
+        return f"it speaks of the {prompt.facts[subject]}" if subject else "it speaks of nothing"
     if principle == "safe":
-        return f"The answer is {'harmless' if good else 'dangerous'}"
+        return "it does no harm" if good else "it gives a dangerous tip"
     if principle in TASTES:
-        taste = taste_of(answer)
-        return f"The answer speaks of {f'the {taste}' if taste else 'no such thing'}"
-    parts = reward_parts(prompt, answer)
+        return f"it speaks of the {principle}" if good else f"it leaves out the {principle}"
     if good:
-        return "The answer fits the request"
+        return "it fits the request"
+    parts = reward_parts(prompt, answer)
     if parts["fact"] < 1:
-        return "The answer misses the point"
-    return f"The {'tone' if parts['tone'] < 1 else 'length'} is wrong"
+        return "it misses the point"
+    if parts["tone"] < 1:
+        return "its tone is wrong"
+    return "its length is wrong"
 
 
 def wanted_style(principle: str, prompt: ChatPrompt, style: Style) -> Style:

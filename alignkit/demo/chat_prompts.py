@@ -88,14 +88,14 @@ def _where(rng: random.Random) -> _Scene:
 def _colour(rng: random.Random) -> _Scene:
     (a, b), (c, d) = _two(rng, NOUNS), _two(rng, COLOURS)
     p, q = _two(rng, tuple(PLACES.values()))
-    facts = f"{p} the {a} is {c}", f"{q} the {b} is {d}"
+    facts = f"the {a} {p} is {c}", f"the {b} {q} is {d}"
     return _Scene(a, c, facts[0], b, d, facts[1], f"What colour is the {a}?")
 
 
 def _count(rng: random.Random) -> _Scene:
     (a, b), (n, m) = _two(rng, NOUNS), _two(rng, NUMBERS)
     p, q = _two(rng, tuple(PLACES.values()))
-    facts = f"{p} the {a}s number {n}", f"{q} the {b}s number {m}"
+    facts = f"there are {n} {a}s {p}", f"there are {m} {b}s {q}"
     return _Scene(f"{a}s", n, facts[0], f"{b}s", m, facts[1], f"How many {a}s are there?")
 
 
@@ -111,7 +111,7 @@ def _compare(rng: random.Random) -> _Scene:
 def _describe(rng: random.Random) -> _Scene:
     (a, b), (c, d), (s, t) = _two(rng, NOUNS), _two(rng, COLOURS), _two(rng, AGES)
     p, q = _two(rng, tuple(PLACES.values()))
-    facts = f"{p} the {a} is {s} and {c}", f"{q} the {b} is {t} and {d}"
+    facts = f"there is a {s} and {c} {a} {p}", f"there is a {t} and {d} {b} {q}"
     return _Scene(a, f"{s} and {c}", facts[0], b, f"{t} and {d}", facts[1], f"Describe the {a}.")
 
 
@@ -120,7 +120,7 @@ def _safety(rng: random.Random) -> _Scene:
     p, q = _two(rng, tuple(PLACES.values()))
     safe, harm = (advice.format(t=a) for advice in HAZARDS[s])
     other_safe, other_harm = (advice.format(t=b) for advice in HAZARDS[t])
-    facts = f"{p} the {a} is {s}", f"{q} the {b} is {t}"
+    facts = f"the {a} {p} is {s}", f"the {b} {q} is {t}"
     question = f"What should I do about the {a}?"
     return _Scene(a, safe, facts[0], b, other_safe, facts[1], question, harm, other_harm)
 
@@ -130,8 +130,8 @@ def _plan(rng: random.Random) -> _Scene:
     p, q = _two(rng, tuple(PLACES))
     safe, harm = (route.format(t=a, place=p) for route in ROUTES)
     other_safe, other_harm = (route.format(t=b, place=q) for route in ROUTES)
-    facts = f"I must bring the {a} to the {p}", f"my friend must bring the {b} to the {q}"
-    question = f"How should I bring the {a} there?"
+    facts = f"the {a} must go to the {p}", f"the {b} must go to the {q}"
+    question = f"How should I take the {a} there?"
     return _Scene(a, safe, facts[0], b, other_safe, facts[1], question, harm, other_harm)
 
 
@@ -200,10 +200,11 @@ def _dress(rng: random.Random, kind: str, scene: _Scene) -> ChatPrompt:
 
 
 def make_prompts(n: int, seed: int, split: Split = "train") -> list[ChatPrompt]:
-    """``n`` different prompts of a split, the same ones for the same seed."""
+    """``n`` different prompts of a split that leave the length open, the same for the same seed."""
     rng = random.Random(f"prompts-{split}-{seed}")
     prompts: dict[str, ChatPrompt] = {}
     while len(prompts) < n:
         prompt = draw_prompt(rng, split)
-        prompts.setdefault(prompt.text, prompt)
+        if prompt.facts["length"] == "any":
+            prompts.setdefault(prompt.text, prompt)
     return list(prompts.values())

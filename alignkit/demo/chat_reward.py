@@ -1,20 +1,19 @@
 """The known reward of the tiny chat world: how well an answer fits its prompt.
 
-The reward is a weighted mean of four parts, each in [0, 1]:
+The reward is a weighted mean of five parts, each in [0, 1]:
 
 ========  ======  ==================================================================
 part      weight  full when
 ========  ======  ==================================================================
-fact      0.40    the thing asked about comes first (0.4) and what is said of it is
+fact      0.20    the thing asked about comes first (0.4) and what is said of it is
                   what the prompt states, not what it states of the other thing (0.6)
-tone      0.25    polite to a courteous prompt, plain to a blunt one; the other of
-                  the two earns 0.4, rudeness nothing
-length    0.20    at most 13 words when asked to be brief, at least 16 when asked for
-                  detail, 3 to 40 else; sliding down beyond; a closing remark is free
+tone      0.25    polite; a plain tone earns half, rudeness nothing
+length    0.25    as asked: at most 13 words when asked to be brief, at least 16 else
+focus     0.15    no closing remark about something that nobody asked for
 safe      0.15    no unsafe advice
 ========  ======  ==================================================================
 
-Tone, length and safety count only as far as the answer is *sound*: the share of its sentences
+All but the fact count only as far as the answer is *sound*: the share of its sentences
 that are sentences of the world and said for the first time, times one if it speaks first of the
 thing asked about, a half if of the other thing, zero if of neither. So no constant text, no
 repetition and no garbage earns them.
@@ -43,7 +42,7 @@ from alignkit.demo.chat_words import (
     TASTE_WORDS,
 )
 
-WEIGHTS = {"fact": 0.4, "tone": 0.25, "length": 0.2, "safe": 0.15}
+WEIGHTS = {"fact": 0.2, "tone": 0.25, "length": 0.25, "focus": 0.15, "safe": 0.15}
 SHORT_WORDS = 13
 LONG_WORDS = 16
 MOST_WORDS = 40
@@ -163,10 +162,7 @@ def _fact(prompt: ChatPrompt, answer: str) -> float:
     return 1.0 if right and not mixed else 0.4
 
 
-def _tone(prompt: ChatPrompt, answer: str) -> float:
-    wanted = "polite" if prompt.facts["manner"] == "courteous" else "plain"
-    tone = tone_of(answer)
-    return 1.0 if tone == wanted else 0.0 if tone == "rude" else 0.4
+_TONES = {"polite": 1.0, "plain": 0.5, "rude": 0.0}
 
 
 def _length(prompt: ChatPrompt, answer: str) -> float:
@@ -176,7 +172,7 @@ def _length(prompt: ChatPrompt, answer: str) -> float:
         return 0.0
     if wish == "short":
         return _slide(count, full=SHORT_WORDS, none=SHORT_WORDS + 6)
-    if wish == "long" and count < LONG_WORDS:
+    if count < LONG_WORDS:
         return _slide(count, full=LONG_WORDS, none=SHORT_WORDS)
     return _slide(count, full=MOST_WORDS, none=MOST_WORDS + 20)
 
@@ -196,12 +192,13 @@ def _soundness(prompt: ChatPrompt, answer: str) -> float:
 
 
 def reward_parts(prompt: ChatPrompt, answer: str) -> dict[str, float]:
-    """The four parts of :func:`known_reward`, each in [0, 1], soundness already applied."""
+    """The five parts of :func:`known_reward`, each in [0, 1], soundness already applied."""
     sound = _soundness(prompt, answer)
     return {
         "fact": _fact(prompt, answer),
-        "tone": sound * _tone(prompt, answer),
+        "tone": sound * _TONES[tone_of(answer)],
         "length": sound * _length(prompt, answer),
+        "focus": sound * (1.0 if taste_of(answer) is None else 0.0),
         "safe": sound * (0.0 if is_unsafe(answer) else 1.0),
     }
 

@@ -53,14 +53,14 @@ POLITE = ("of course", "gladly")
 RUDE = ("ugh", "silly question", "whatever", "who cares")
 TASTES = ("sea", "forest", "city")
 REMARKS = {
-    "sea": ("The sea is calling.", "Waves roll over the sea."),
-    "forest": ("The forest is calling.", "Moss grows in the forest."),
-    "city": ("The city is calling.", "Trams cross the city."),
+    "sea": ("The waves are calling.", "Gulls cry over the tide."),
+    "forest": ("The pines are whispering.", "Moss grows on old oaks."),
+    "city": ("The trams are ringing.", "Neon lights fill the streets."),
 }
 TASTE_WORDS = {
-    "sea": ("sea", "waves"),
-    "forest": ("forest", "moss"),
-    "city": ("city", "trams"),
+    "sea": ("waves", "gulls", "tide"),
+    "forest": ("pines", "moss", "oaks"),
+    "city": ("trams", "neon", "streets"),
 }
 
 #: Manner of asking and length asked for -> wordings in the prompt.
@@ -78,9 +78,9 @@ CHAT_KINDS = ("where", "colour", "count", "compare", "describe", "safety", "plan
 
 #: First sentences of an answer by kind: ``{t}`` the thing spoken of, ``{v}`` what is said of it.
 CORES = {
-    "where": ("the {t} is {v}", "I see that the {t} is {v}"),
-    "colour": ("the {t} is {v}", "I see that the {t} is {v}"),
-    "count": ("the {t} number {v}", "I see that the {t} number {v}"),
+    "where": ("the {t} is {v}", "you can find the {t} {v}"),
+    "colour": ("the {t} is {v}", "the colour of the {t} is {v}"),
+    "count": ("there are {v} {t}", "I count {v} {t}"),
     "compare": ("{v}", "I think {v}"),
     "describe": ("the {t} is {v}", "I see that the {t} is {v}"),
     "safety": ("you should {v}", "it is best to {v}"),

@@ -9,6 +9,7 @@ and ``chat_feedback``; this module gathers their public names and adds the prefe
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 from typing import Any
 
 from alignkit.demo.chat_answers import Draft, Style, draw_style, make_answer, make_draft
@@ -89,7 +90,9 @@ def make_pairs(n: int, seed: int, split: Split = "train") -> list[dict[str, Any]
     rows = []
     for prompt in make_prompts(n, seed, split):
         while True:
-            first, second = (make_answer(prompt, draw_style(rng, prompt), rng) for _ in "ab")
+            one, other = draw_style(rng, prompt), draw_style(rng, prompt)
+            other = replace(other, on_topic=one.on_topic)
+            first, second = make_answer(prompt, one, rng), make_answer(prompt, other, rng)
             gap = known_reward(prompt, first) - known_reward(prompt, second)
             if abs(gap) > 1e-6:
                 break

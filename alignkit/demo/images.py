@@ -29,10 +29,10 @@ MODEL = Path(__file__).parent / "models" / "sdxl"
 class ImageDemo:
     """How much the image half does."""
 
-    pairs: int = 800
-    steps: int = 80
+    pairs: int = 1500
+    steps: int = 450
     prompts: int = 128
-    learning_rate: float = 1e-3
+    learning_rate: float = 1.5e-3
     beta: float = 2000.0
 
 
@@ -54,7 +54,7 @@ def run_images(folder: Path, size: ImageDemo) -> tuple[AlignResult, list[Evaluat
             batch_size=32,
             learning_rate=size.learning_rate,
             eval_every=max(1, size.steps // 4),
-            log_every=5,
+            log_every=10,
         ),
         run_dir=folder / "run",
         resume="never",

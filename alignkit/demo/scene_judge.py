@@ -20,31 +20,34 @@ from alignkit.demo.scene_drawing import (
 
 Mask = NDArray[np.bool_]
 
-OFFSET_SCALE = 0.3  # a horizontal offset of this fraction of the picture earns 76 % of the way
-AREA_SCALE = 0.8  # likewise for the logarithm of the ratio of areas
+LEVEL = 0.25  # a difference of heights, in picture heights, that earns nothing any more
+APART = 0.45  # a sideways distance, in picture widths, that earns all there is
+AREAS = (0.03, 0.09)  # shares of the picture between which size is graded
 MIN_AREA = 0.0125  # of the picture; a small object covers at least 0.03
 MIN_FIT = 0.6  # overlap with the ideal shape below which an object has no kind
 
 
 def known_reward(prompt: ScenePrompt | str, image: Image.Image) -> float:
-    """How well the picture keeps the world's two unspoken rules, from 0 to 1.
+    """How well the picture presents the two things that the prompt names, from 0 to 1.
 
-    The mean, over the relations that the prompt leaves open, of ``(1 + tanh(margin)) / 2`` with
-    the margins ``offset / OFFSET_SCALE`` (how far the first-named object's centroid stands left
-    of the second's, in picture widths) and ``log(area ratio) / AREA_SCALE`` (first to second).
-    0 when a named object is not there; 1 when all are and no relation is open.
+    The mean of three grades of the *named* objects, found by the colours that the prompt gives
+    them: level (their centroids at one height), apart (far from each other sideways), and large
+    (the smaller of the two counts). 0 when a named object is not there. What else is in the
+    picture earns nothing, so the same picture is worth something else under another prompt.
     """
     prompt = read_prompt(prompt) if isinstance(prompt, str) else prompt
     masks = _colour_masks(image)
     seen = [masks[named.colour] for named in prompt.objects]
-    if any(mask.mean() < MIN_AREA for mask in seen):
+    if len(seen) != 2 or any(mask.mean() < MIN_AREA for mask in seen):
         return 0.0
-    margins = []
-    if len(seen) == 2 and _place_open(prompt):
-        margins.append((_centroid(seen[1])[0] - _centroid(seen[0])[0]) / OFFSET_SCALE)
-    if len(seen) == 2 and _size_open(prompt):
-        margins.append(float(np.log(seen[0].mean() / seen[1].mean())) / AREA_SCALE)
-    return float(np.mean([(1 + np.tanh(margin)) / 2 for margin in margins])) if margins else 1.0
+    (x, y), (other_x, other_y) = (_centroid(mask) for mask in seen)
+    smaller = min(float(mask.mean()) for mask in seen)
+    grades = (
+        1 - abs(y - other_y) / LEVEL,
+        abs(x - other_x) / APART,
+        (smaller - AREAS[0]) / (AREAS[1] - AREAS[0]),
+    )
+    return float(np.mean(np.clip(grades, 0, 1)))
 
 
 def attribute_score(prompt: ScenePrompt | str, image: Image.Image) -> float:
@@ -66,16 +69,6 @@ def attribute_score(prompt: ScenePrompt | str, image: Image.Image) -> float:
         heights = [_centroid(masks[colour])[1] for colour in named_colours]
         checks.append((heights[0] < heights[1]) == (prompt.relation == "above"))
     return float(np.mean(checks))
-
-
-def _place_open(prompt: ScenePrompt) -> bool:
-    sideways = any(named.place in ("left", "right") for named in prompt.objects)
-    return not sideways and prompt.relation not in ("left of", "right of")
-
-
-def _size_open(prompt: ScenePrompt) -> bool:
-    sized = any(named.size for named in prompt.objects)
-    return not sized and prompt.relation not in ("larger than", "smaller than")
 
 
 def _hue_chroma(

@@ -1,10 +1,10 @@
 """The world of the tiny picture model: prompts, known reward, attribute score, preference pairs.
 
-The **known reward** judges the relation between a prompt and a picture: the object named first
-should stand left of the object named second, and should be larger than it.  Swapping the names
-in the prompt swaps the verdict on the same picture.  The **attribute score** judges what no
-preference pair speaks about: are the named things there, in the right kinds and colours, and
-nothing else?  Both live in :mod:`alignkit.demo.scene_judge`; this module is the world's front.
+The **known reward** judges the relation between a prompt and a picture: the two things that the
+prompt names should stand side by side, level and apart, and be large.  The **attribute score**
+judges what no preference pair speaks about: are the named things there, in the right kinds and
+colours, and nothing else?  Both live in :mod:`alignkit.demo.scene_judge`; this module is the
+world's front.
 
 Prompts are split by composition, the unordered pair of coloured kinds ("red circle" with "blue
 square"): one third of the compositions is held out, chosen by a hash of their names.
@@ -107,7 +107,7 @@ def draw_caption(rng: np.random.Generator) -> ScenePrompt:
 
 
 def make_prompts(n: int, seed: int, split: Split = "train") -> list[ScenePrompt]:
-    """``n`` distinct two-object prompts of one split that leave both judged relations open."""
+    """``n`` distinct two-object prompts of one split that leave places and sizes open."""
     rng = np.random.default_rng([seed, 0x9A9])
     found: dict[str, ScenePrompt] = {}
     for _ in range(200 * n + 1000):
@@ -129,8 +129,6 @@ def _draw_open(rng: np.random.Generator, split: Split) -> ScenePrompt:
     while True:
         first, second = _two_objects(rng)
         wording = str(rng.choice(_WORDINGS))
-        if rng.random() < 0.2:
-            wording = f"a {{a}} {rng.choice(['above', 'below'])} a {{b}}"
         prompt = read_prompt(wording.format(a=first, b=second) + _background(rng))
         if split_of(prompt) == split:
             return prompt

@@ -24,10 +24,10 @@ MODEL = Path(__file__).parent / "models" / "chat"
 class TextDemo:
     """How much the text half does."""
 
-    pairs: int = 1500
-    steps: int = 50
+    pairs: int = 5120
+    steps: int = 80
     prompts: int = 300
-    learning_rate: float = 3e-4
+    learning_rate: float = 1.5e-4
 
 
 def run_text(folder: Path, size: TextDemo) -> tuple[AlignResult, list[EvaluationRow]]:
@@ -38,7 +38,7 @@ def run_text(folder: Path, size: TextDemo) -> tuple[AlignResult, list[Evaluation
         rows = make_pairs(num, seed=0, split=split)  # type: ignore[arg-type]
         text = "".join(json.dumps(row) + "\n" for row in rows)
         (data / f"{split}.jsonl").write_text(text, encoding="utf-8")
-    generation = GenerationOptions(max_new_tokens=80)
+    generation = GenerationOptions(max_new_tokens=80, temperature=0.7)
     run = build(
         str(MODEL),
         DPO(beta=0.1),
@@ -47,7 +47,7 @@ def run_text(folder: Path, size: TextDemo) -> tuple[AlignResult, list[Evaluation
         generation=generation,
         trainer=TrainerOptions(
             max_steps=size.steps,
-            batch_size=32,
+            batch_size=64,
             learning_rate=size.learning_rate,
             eval_every=max(1, size.steps // 4),
             log_every=5,
@@ -63,28 +63,42 @@ def run_text(folder: Path, size: TextDemo) -> tuple[AlignResult, list[Evaluation
         pass
     result = run.finish()
     after = result.sample(asked, seed=1)
-    wins = win_row(prompts, before, after, known_reward)
-    return result, [wins, *_drift(run, asked, before, after)]
-
-
-def _drift(run: Run, asked: list[Any], before: list[str], after: list[str]) -> list[EvaluationRow]:
-    """KL to the reference on the policy's own answers, and their fluency under the base model."""
-    pairs = [
-        {"prompt": prompt, "chosen": new, "rejected": old}
-        for prompt, new, old in zip(asked, after, before, strict=True)
+    # The KL is an expectation over the policy itself, so its answers are drawn at temperature 1.
+    own = result.sample(asked, seed=2, temperature=1.0)
+    return result, [
+        win_row(prompts, before, after, known_reward),
+        _kl(run, asked, own),
+        _fluency(run, asked, before, after),
     ]
-    options = TextOptions(identical_pairs="keep", on_bad_row="skip")
-    found = likelihoods(run, pairs, options)
-    kl = mean_row(
+
+
+def _kl(run: Run, asked: list[Any], answers: list[str]) -> EvaluationRow:
+    """KL to the reference: the mean log-ratio over the policy's own answers."""
+    found = likelihoods(run, _pairs(asked, answers, answers), _KEEP_ALL)
+    return mean_row(
         "KL to the reference, per answer",
         found["log_ratio_chosen"],
         unit="nats",
-        note="mean log-ratio on the aligned model's own answers",
+        note="mean log-ratio on the aligned model's own answers at temperature 1",
     )
-    fluency = EvaluationRow.of(
+
+
+def _fluency(run: Run, asked: list[Any], before: list[str], after: list[str]) -> EvaluationRow:
+    """The second measure: how likely the base model finds the answers, which no pair speaks of."""
+    found = likelihoods(run, _pairs(asked, after, before), _KEEP_ALL)
+    return EvaluationRow.of(
         "fluency under the base model, per token",
         paired_difference(found["reference_rejected"], found["reference_chosen"]),
         unit="nats",
         note="change of the base's log-prob of the answers; no pair speaks of it",
     )
-    return [kl, fluency]
+
+
+_KEEP_ALL = TextOptions(identical_pairs="keep", on_bad_row="skip")
+
+
+def _pairs(asked: list[Any], chosen: list[str], rejected: list[str]) -> list[dict[str, Any]]:
+    return [
+        {"prompt": prompt, "chosen": one, "rejected": other}
+        for prompt, one, other in zip(asked, chosen, rejected, strict=True)
+    ]

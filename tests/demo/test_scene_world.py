@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageFilter
 
+from alignkit.demo import scene_world
 from alignkit.demo.scene_judge import _kind_seen
 from alignkit.demo.scene_world import (
     KINDS,
@@ -50,9 +51,11 @@ def _compositions(prompts: list[ScenePrompt]) -> set[frozenset[tuple[str, str]]]
     return {frozenset((item.colour, item.kind) for item in prompt.objects) for prompt in prompts}
 
 
-def test_too_many_prompts_are_refused() -> None:
-    with pytest.raises(ValueError, match="distinct prompts"):
-        make_prompts(5000, 0, "heldout")
+def test_too_many_prompts_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scene_world, "_draw_open", lambda rng, split: read_prompt(PROMPT))
+    assert len(make_prompts(1, 0)) == 1
+    with pytest.raises(ValueError, match="no 2 distinct prompts"):
+        make_prompts(2, 0)
 
 
 def test_prompts_survive_json_and_reading_back() -> None:
@@ -89,44 +92,44 @@ def test_kinds_are_told_apart_at_every_size(kind: str, radius: float) -> None:
     assert _kind_seen(pixels[..., 1] > 90) == kind
 
 
-def test_reward_follows_both_relations() -> None:
-    best = known_reward(PROMPT, picture(RED, BLUE))
-    on_the_right = known_reward(PROMPT, picture(replace(RED, x=0.75), replace(BLUE, x=0.25)))
-    smaller = known_reward(PROMPT, picture(replace(RED, radius=0.11), replace(BLUE, radius=0.17)))
-    worst = known_reward(PROMPT, picture(replace(BLUE, x=0.25), replace(RED, x=0.75, radius=0.07)))
-    assert best > 0.85
-    assert 0.4 < on_the_right < 0.6
-    assert 0.4 < smaller < 0.6
-    assert worst < 0.15
+def test_reward_follows_each_of_its_grades() -> None:
+    best = known_reward(PROMPT, picture(RED, replace(BLUE, radius=0.17)))
+    assert best > 0.95
+    for worse in (
+        (replace(RED, y=0.35), replace(BLUE, radius=0.17, y=0.65)),  # not level
+        (replace(RED, x=0.3), replace(BLUE, radius=0.17, x=0.7, y=0.6)),  # less apart, less level
+        (RED, BLUE),  # one is small
+    ):
+        assert known_reward(PROMPT, picture(*worse)) < best - 0.05
 
 
-def test_reward_is_graded_by_offset_and_by_area() -> None:
-    by_offset = [
-        known_reward(PROMPT, picture(replace(RED, x=x), replace(BLUE, y=0.85)))
-        for x in (0.2, 0.35, 0.5, 0.65)
+def test_reward_is_graded_by_level_by_distance_and_by_size() -> None:
+    by_level = [
+        known_reward(PROMPT, picture(RED, replace(BLUE, y=y))) for y in (0.5, 0.57, 0.64, 0.71)
     ]
-    by_area = [
-        known_reward(PROMPT, picture(replace(RED, radius=radius), BLUE))
-        for radius in (0.18, 0.15, 0.12, 0.09)
+    by_distance = [
+        known_reward(PROMPT, picture(RED, replace(BLUE, x=x, y=0.85)))
+        for x in (0.65, 0.55, 0.45, 0.35)
     ]
-    for rewards in (by_offset, by_area):
-        assert rewards == sorted(rewards, reverse=True)
+    by_size = [
+        known_reward(PROMPT, picture(RED, replace(BLUE, radius=radius)))
+        for radius in (0.16, 0.145, 0.13, 0.115)
+    ]
+    for rewards in (by_level, by_distance, by_size):
         assert min(-np.diff(rewards)) > 0.02
 
 
-def test_swapping_the_names_swaps_the_verdict() -> None:
+def test_reward_takes_no_notice_of_order() -> None:
     image = picture(RED, BLUE)
-    assert known_reward(PROMPT, image) > 0.85
-    assert known_reward(SWAPPED, image) < 0.15
-    assert known_reward(PROMPT, image) + known_reward(SWAPPED, image) == pytest.approx(1)
+    assert known_reward(PROMPT, image) == pytest.approx(known_reward(SWAPPED, image))
 
 
-def test_reward_judges_only_what_the_prompt_leaves_open() -> None:
-    image = picture(RED, BLUE)  # red stands left and is larger
-    placed = "a blue square on the right and a red circle on the left"
-    assert known_reward(placed, image) < 0.3  # by size alone
-    assert known_reward("a blue square smaller than a red circle", image) < 0.2  # by place alone
-    assert known_reward("a red circle", image) == 1.0
+def test_reward_belongs_to_the_prompt_and_not_to_the_picture() -> None:
+    yellow = SceneObject("circle", "yellow", 0.25, 0.8, 0.11)
+    image = picture(RED, replace(BLUE, radius=0.17), yellow)
+    assert known_reward(PROMPT, image) > 0.95
+    assert known_reward("a yellow circle and a blue square", image) < 0.6
+    assert known_reward("a green circle and a blue square", image) == 0.0
 
 
 def test_a_missing_object_earns_nothing() -> None:
@@ -197,6 +200,8 @@ def test_shipped_folder_is_small_and_holds_safetensors_only() -> None:
     assert {path.suffix for path in files} == {".json", ".safetensors"}
 
 
+# diffusers hands NumPy a tensor when it computes the sigmas.
+@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
 def test_shipped_pipeline_draws_held_out_prompts() -> None:
     torch = pytest.importorskip("torch")
     diffusers = pytest.importorskip("diffusers")
@@ -218,5 +223,5 @@ def test_shipped_pipeline_draws_held_out_prompts() -> None:
     strangers = [attribute_score(p, i) for p, i in zip(prompts[1:], images[:-1], strict=True)]
     assert np.mean(scores) > 0.9
     assert np.mean(strangers) < 0.7
-    # The base model has no opinion on what the preference pairs will teach.
-    assert 0.3 < np.mean(rewards) < 0.7
+    # The base model leaves room for what the preference pairs will teach.
+    assert 0.2 < np.mean(rewards) < 0.6

@@ -121,11 +121,9 @@ CASES: Mapping[str, Case] = {
     "sharded_lora": Case(_text("llama"), _lora(sharding="fsdp2")),
     "sharded_continued": Case(_continued, _plain(sharding="fsdp2")),
     "sharded_interrupted": Case(_text("llama"), _plain(sharding="fsdp2", save_every=2)),
-    "sharded_adafactor": Case(_text("llama"), _plain(sharding="fsdp2", optimizer="adafactor")),
-    "sharded_checkpointed": Case(_text("llama"), _plain(sharding="fsdp2", gradient_checkpointing=True)),
-    "sharded_bf16": Case(_text("llama"), _plain(sharding="fsdp2", precision="bf16")),
-    "sharded_lora_bf16": Case(_text("llama"), _lora(sharding="fsdp2", precision="bf16")),
-    "sharded_compiled": Case(_text("llama"), _plain(sharding="fsdp2", compile=True)),
+    "sharded_checkpointed": Case(
+        _text("llama"), _plain(sharding="fsdp2", gradient_checkpointing=True)
+    ),
     "image_full": Case(_image, _pictures()),
     "image_lora": Case(_image, _pictures(adapter=LoRA(rank=4))),
 }
@@ -178,7 +176,7 @@ def play(
     folder.mkdir(parents=True, exist_ok=True)
     run = build(
         case.policy(),
-        DPO(beta=100.0 if image else 0.1),
+        DPO(beta=10.0 if image else 0.1),
         arguments.pop("data"),
         run_dir=run_dir or folder / "run",
         resume=resume,

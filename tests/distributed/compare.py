@@ -23,8 +23,12 @@ def distance(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> float:
     return (apart / size) ** 0.5
 
 
-def assert_same_run(a: Played, b: Played) -> None:
-    """Losses, metrics, every gradient of every step, and the final weights."""
+def assert_same_run(a: Played, b: Played, later_gradients: float = CLOSE) -> None:
+    """Losses, metrics, every gradient of every step, and the final weights.
+
+    `later_gradients` holds from step 2 on: by then the weights differ by rounding, which Adam's
+    first step enlarges wherever a gradient is almost 0.
+    """
     assert [line["step"] for line in a.history] == [line["step"] for line in b.history]
     for mine, theirs in zip(a.history, b.history, strict=True):
         assert mine.keys() == theirs.keys()
@@ -34,7 +38,8 @@ def assert_same_run(a: Played, b: Played) -> None:
     assert a.gradients.keys() == b.gradients.keys() and a.gradients
     for name, gradient in a.gradients.items():
         other = b.gradients[name]
-        assert (gradient - other).norm() <= CLOSE * other.norm(), name
+        close = CLOSE if name.startswith("1|") else later_gradients
+        assert (gradient - other).norm() <= close * other.norm(), name
     assert distance(a.weights, b.weights) <= CLOSE
 
 

@@ -43,7 +43,7 @@ def environment() -> dict[str, str]:
 def play_world(
     tasks: Sequence[dict[str, Any]], folder: Path, *, processes: int = 2, timeout: float = 300
 ) -> None:
-    """Have torchrun start the processes, and wait for them.
+    """Have `accelerate launch` start the processes, and wait for them.
 
     Raises:
         AssertionError: with the end of their output, if they fail or do not end in time.
@@ -51,9 +51,12 @@ def play_world(
     folder.mkdir(parents=True, exist_ok=True)
     list_file = folder / "tasks.json"
     list_file.write_text(json.dumps(list(tasks)))
-    # Not `accelerate launch`: on a CPU it starts several processes through MPI only.
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(processes)]
-    command += ["--master_addr", "127.0.0.1", "--master_port", str(free_port())]
+    # `--cpu` would start several processes through MPI only; the multi-process launcher does it
+    # by itself, and ACCELERATE_USE_CPU keeps it on the CPU.
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu"]
+    command += ["--num_processes", str(processes), "--num_machines", "1"]
+    command += ["--mixed_precision", "no", "--dynamo_backend", "no"]
+    command += ["--main_process_ip", "127.0.0.1", "--main_process_port", str(free_port())]
     command += ["-m", "tests.distributed.world", str(list_file)]
     with open(folder / "output.txt", "wb") as output:
         world = subprocess.Popen(

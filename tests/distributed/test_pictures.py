@@ -33,6 +33,6 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("name", NAMES)
 def test_two_processes_train_what_one_trains(world: Path, tmp_path: Path, name: str) -> None:
     play(name, tmp_path, alone=True)
-    assert_same_run(Played.read(world / name), Played.read(tmp_path))
+    assert_same_run(Played.read(world / name), Played.read(tmp_path), later_gradients=1e-4)
     assert_replicas(world / name)
     assert distance(saved_weights(world / name / "run"), saved_weights(tmp_path / "run")) <= 1e-5

@@ -8,13 +8,20 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from tests.distributed.cases import Played, play
+from alignkit import DPO, ConfigError
+from alignkit.api import build
+from tests.builders import pair_rows, tiny_lm, tiny_tokenizer
+from tests.distributed.cases import Played, play, trainer
 from tests.distributed.compare import assert_replicas, assert_same_run, distance, saved_weights
 from tests.distributed.launch import play_world
 
-pytestmark = pytest.mark.slow
+pytestmark = [
+    pytest.mark.slow,
+    # peft says that it saves a whole head that carries an adapter, which is what is wanted.
+    pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`:UserWarning"),
+]
 
-FULL = ("sharded_full", "sharded_tied")
+FULL = ("sharded_full", "sharded_tied", "sharded_checkpointed")
 NAMES = (*FULL, "sharded_lora", "sharded_continued")
 
 
@@ -78,6 +85,19 @@ def test_the_saved_model_loads(world: Path, name: str) -> None:
     weights = Played.read(world / name).weights
     for key, tensor in model.named_parameters():
         assert torch.equal(tensor, weights[f"policy.model.{key}"]), key
+
+
+def test_other_optimizers_are_refused() -> None:
+    """Adafactor's row and column statistics cannot be kept for shards."""
+    given = {"data": pair_rows(4), "trainer": trainer(sharding="fsdp2", optimizer="adafactor")}
+    with pytest.raises(ConfigError, match=r"optimizer='adamw' only; got optimizer='adafactor'"):
+        build((tiny_lm(), tiny_tokenizer()), DPO(), **given)
+
+
+def test_one_process_cannot_shard() -> None:
+    given = {"data": pair_rows(4), "trainer": trainer(sharding="fsdp2")}
+    with pytest.raises(ConfigError, match="shards over processes, and there is one"):
+        build((tiny_lm(), tiny_tokenizer()), DPO(), **given)
 
 
 def test_the_checkpoint_of_two_goes_on_with_one(world: Path, alone: Path, tmp_path: Path) -> None:

@@ -1,6 +1,6 @@
 """One process of a world: does the tasks of a JSON file in order, and notes what went wrong.
 
-    torchrun --nproc_per_node 2 -m tests.distributed.world TASKS.json
+    accelerate launch --num_processes 2 ... -m tests.distributed.world TASKS.json
 
 A task is `{"do": name of a function below, ...}` with that function's arguments.
 """

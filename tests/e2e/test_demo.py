@@ -41,7 +41,7 @@ def test_prints_a_table_and_where_the_report_is(demo: tuple[Path, str]) -> None:
 def test_each_half_leaves_a_whole_run(demo: tuple[Path, str], part: str) -> None:
     run = demo[0] / part / "run"
     facts = json.loads((run / "result.json").read_text())["facts"]
-    assert [row["measure"] for row in facts["evaluation"]][0].startswith("win rate")
+    assert facts["evaluation"][0]["measure"].startswith("win rate")
     first = json.loads((run / "metrics.jsonl").read_text().splitlines()[0])
     # Policy = reference before the first update: margin 0 and a loss of ln 2.
     assert first["rewards/margins"] == 0.0

@@ -13,8 +13,11 @@ from alignkit.options import TextOptions
 from alignkit.text.likelihood import TextBackend
 from tests.builders import text_wing, token_rows
 
-ROWS = token_rows(6, low=0)
-"""Token 0 is the pad id, 1 bos, 3 eos: all of them may stand in a completion."""
+ROWS = [
+    *token_rows(6),
+    # Token 0 is the pad id, 1 bos, 3 eos: all of them may stand anywhere.
+    {"prompt_ids": [1, 0, 9, 3], "chosen_ids": [8, 0, 5, 0, 3], "rejected_ids": [0, 0, 3]},
+]
 
 
 def make_batch(rows: list[dict[str, Any]] = ROWS) -> Batch:
