@@ -12,12 +12,12 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import BUILD, SIZES, make_pipeline, picture
 
 from alignkit.errors import ConfigError, DataError
 from alignkit.options import ImageOptions, LoRA
 from alignkit_diffusion import build
 from alignkit_diffusion.autoencoder import Autoencoder
+from tests.image.conftest import BUILD, SIZES, make_pipeline, picture
 
 Rows = list[dict[str, Any]]
 

@@ -8,11 +8,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import picture
 from PIL import Image
 
 from alignkit.draws import generator
 from alignkit_diffusion.images import Augmentation, BadRow, Placement, digest, open_image
+from tests.image.conftest import picture
 
 
 def encoded(image: Image.Image, format: str, **options: Any) -> bytes:

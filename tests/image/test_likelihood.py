@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import BUILD, make_pipeline, picture
 from torch import Tensor, nn
 
 from alignkit.batches import Batch
@@ -22,6 +21,7 @@ from alignkit_diffusion.families import Prediction
 from alignkit_diffusion.families.sdxl import SDXL
 from alignkit_diffusion.likelihood import DenoisingLikelihood
 from alignkit_diffusion.schedule import Schedule
+from tests.image.conftest import BUILD, make_pipeline, picture
 
 
 @pytest.fixture(scope="module")

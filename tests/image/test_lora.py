@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import BUILD, make_pipeline
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -17,6 +16,7 @@ from alignkit.errors import ConfigError
 from alignkit.options import LoRA
 from alignkit_diffusion import build
 from alignkit_diffusion.lora import DIFFUSERS_FILE, KOHYA_FILE, resolve_targets
+from tests.image.conftest import BUILD, make_pipeline
 
 
 def wing_with(**adapter: Any) -> Any:

@@ -12,11 +12,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import BUILD, make_pipeline
 
 from alignkit.errors import ConfigError
 from alignkit.options import GenerationOptions, ImageOptions, LoRA
 from alignkit_diffusion import build
+from tests.image.conftest import BUILD, make_pipeline
 
 SHORT = GenerationOptions(steps=3)
 
