@@ -149,7 +149,7 @@ def test_a_number_as_text_is_a_number_where_one_is_expected():
         ({"trainer": {"trackers": "wandb"}}, r"trainer\.trackers must be a list of text; got"),
         ({"trainer": {"trackers": [1]}}, r"trainer\.trackers\[0\] must be text; got 1"),
         ({"trainer": "adamw"}, r"trainer must be the options of TrainerOptions"),
-        ({"trainer": {"batch_size": 0}}, r"trainer\.batch_size must be above 0; got 0"),
+        ({"trainer": {"batch_size": 0}}, r"trainer\.batch_size must be a number above 0; got 0"),
         (
             {"trainer": {"early_stop": {"patience": 1}}},
             r"trainer\.early_stop\.metric must be given",

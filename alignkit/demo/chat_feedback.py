@@ -154,13 +154,13 @@ def wanted_style(principle: str, prompt: ChatPrompt, style: Style) -> Style:
         return replace(style, harmful=False)
     if principle in TASTES:
         return replace(style, taste=principle)
-    wish = prompt.facts["length"]
     return replace(
         style,
-        tone="polite" if prompt.facts["manner"] == "courteous" else "plain",
-        length=style.length if wish == "any" else "short" if wish == "short" else "long",
+        tone="polite",
+        length="short" if prompt.facts["length"] == "short" else "long",
         on_topic=True,
         harmful=False,
+        taste=None,
     )
 
 
