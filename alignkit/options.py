@@ -137,9 +137,9 @@ class TextOptions:
 
     Attributes:
         max_length: longest prompt + completion in tokens.
-        truncation: what is cut from longer rows: "keep_start" cuts the completion's end (and then
-            the prompt's end), "keep_end" the prompt's start; counted and warned of. "error"
-            refuses.
+        truncation: what is cut from longer rows: "keep_start" cuts the answers' ends, "keep_end"
+            the prompt's start; counted and warned of. "error" makes them bad rows, as is in any
+            mode a prompt that leaves no room for an answer.
         on_bad_row: what happens to rows that cannot be used: "error", or "skip" (counted).
         identical_pairs: pairs whose two answers are the same teach nothing; skipped and counted.
         columns: our column name -> the data's.
