@@ -1,109 +1,35 @@
-"""Whom to cite: the papers that a run rests on, as BibTeX."""
+"""Whom to cite: the papers that a run rests on, as BibTeX.
+
+The entries are in `references.bib`, found by arXiv number; a loss's table row names its papers.
+"""
 
 from __future__ import annotations
 
+import re
+from functools import cache
+from importlib.resources import files
+
 from alignkit.errors import refuse_unknown
 
-_DPO = """@inproceedings{rafailov2023direct,
-  title = {Direct Preference Optimization: Your Language Model is Secretly a Reward Model},
-  author = {Rafailov, Rafael and Sharma, Archit and Mitchell, Eric and Manning, Christopher D. and
-            Ermon, Stefano and Finn, Chelsea},
-  booktitle = {Advances in Neural Information Processing Systems},
-  year = {2023},
-  eprint = {2305.18290},
-  archivePrefix = {arXiv}
-}"""
+_METHODS = {"dpo": {"text": ("2305.18290",), "image": ("2305.18290", "2311.12908", "2307.01952")}}
+_ADAPTERS = {
+    "lora": ("2106.09685",),
+    "dora": ("2106.09685", "2402.09353"),
+    "rslora": ("2106.09685", "2312.03732"),
+}
 
-_DIFFUSION_DPO = """@inproceedings{wallace2024diffusion,
-  title = {Diffusion Model Alignment Using Direct Preference Optimization},
-  author = {Wallace, Bram and Dang, Meihua and Rafailov, Rafael and Zhou, Linqi and Lou, Aaron and
-            Purushwalkam, Senthil and Ermon, Stefano and Xiong, Caiming and Joty, Shafiq and
-            Naik, Nikhil},
-  booktitle = {Proceedings of the IEEE/CVF Conference on Computer Vision and Pattern Recognition},
-  year = {2024},
-  eprint = {2311.12908},
-  archivePrefix = {arXiv}
-}"""
 
-_IPO = """@inproceedings{azar2024general,
-  title = {A General Theoretical Paradigm to Understand Learning from Human Preferences},
-  author = {Gheshlaghi Azar, Mohammad and Guo, Zhaohan Daniel and Piot, Bilal and Munos, R{\\'e}mi
-            and Rowland, Mark and Valko, Michal and Calandriello, Daniele},
-  booktitle = {International Conference on Artificial Intelligence and Statistics},
-  year = {2024},
-  eprint = {2310.12036},
-  archivePrefix = {arXiv}
-}"""
+@cache
+def entries() -> dict[str, str]:
+    """arXiv number -> BibTeX entry, of every paper that alignkit can name."""
+    text = files("alignkit").joinpath("references.bib").read_text(encoding="utf-8")
+    found = (entry.strip() for entry in re.findall(r"^@.*?^}", text, re.DOTALL | re.MULTILINE))
+    return {entry.split("eprint = {")[1].split("}")[0]: entry for entry in found}
 
-_SLIC = """@misc{zhao2023slic,
-  title = {{SLiC-HF}: Sequence Likelihood Calibration with Human Feedback},
-  author = {Zhao, Yao and Joshi, Rishabh and Liu, Tianqi and Khalman, Misha and Saleh, Mohammad and
-            Liu, Peter J.},
-  year = {2023},
-  eprint = {2305.10425},
-  archivePrefix = {arXiv}
-}"""
 
-_RSO = """@inproceedings{liu2024statistical,
-  title = {Statistical Rejection Sampling Improves Preference Optimization},
-  author = {Liu, Tianqi and Zhao, Yao and Joshi, Rishabh and Khalman, Misha and Saleh, Mohammad and
-            Liu, Peter J. and Liu, Jialu},
-  booktitle = {International Conference on Learning Representations},
-  year = {2024},
-  eprint = {2309.06657},
-  archivePrefix = {arXiv}
-}"""
-
-_ROBUST = """@inproceedings{chowdhury2024provably,
-  title = {Provably Robust {DPO}: Aligning Language Models with Noisy Feedback},
-  author = {Ray Chowdhury, Sayak and Kini, Anush and Natarajan, Nagarajan},
-  booktitle = {International Conference on Machine Learning},
-  year = {2024},
-  eprint = {2403.00409},
-  archivePrefix = {arXiv}
-}"""
-
-_LORA = """@inproceedings{hu2022lora,
-  title = {{LoRA}: Low-Rank Adaptation of Large Language Models},
-  author = {Hu, Edward J. and Shen, Yelong and Wallis, Phillip and Allen-Zhu, Zeyuan and Li, Yuanzhi
-            and Wang, Shean and Wang, Lu and Chen, Weizhu},
-  booktitle = {International Conference on Learning Representations},
-  year = {2022},
-  eprint = {2106.09685},
-  archivePrefix = {arXiv}
-}"""
-
-_DORA = """@inproceedings{liu2024dora,
-  title = {{DoRA}: Weight-Decomposed Low-Rank Adaptation},
-  author = {Liu, Shih-Yang and Wang, Chien-Yi and Yin, Hongxu and Molchanov, Pavlo and
-            Wang, Yu-Chiang Frank and Cheng, Kwang-Ting and Chen, Min-Hung},
-  booktitle = {International Conference on Machine Learning},
-  year = {2024},
-  eprint = {2402.09353},
-  archivePrefix = {arXiv}
-}"""
-
-_RSLORA = """@misc{kalajdzievski2023rank,
-  title = {A Rank Stabilization Scaling Factor for Fine-Tuning with {LoRA}},
-  author = {Kalajdzievski, Damjan},
-  year = {2023},
-  eprint = {2312.03732},
-  archivePrefix = {arXiv}
-}"""
-
-_SDXL = """@inproceedings{podell2024sdxl,
-  title = {{SDXL}: Improving Latent Diffusion Models for High-Resolution Image Synthesis},
-  author = {Podell, Dustin and English, Zion and Lacey, Kyle and Blattmann, Andreas and
-            Dockhorn, Tim and M{\\"u}ller, Jonas and Penna, Joe and Rombach, Robin},
-  booktitle = {International Conference on Learning Representations},
-  year = {2024},
-  eprint = {2307.01952},
-  archivePrefix = {arXiv}
-}"""
-
-_METHODS = {"dpo": {"text": (_DPO,), "image": (_DPO, _DIFFUSION_DPO, _SDXL)}}
-_LOSSES = {"sigmoid": (), "robust": (_ROBUST,), "hinge": (_SLIC, _RSO), "ipo": (_IPO,)}
-_ADAPTERS = {"lora": (_LORA,), "dora": (_LORA, _DORA), "rslora": (_LORA, _RSLORA)}
+def arxiv_numbers(paper: str) -> list[str]:
+    """The arXiv numbers in a line such as "Rafailov et al. 2023, arXiv:2305.18290, Eq. 7"."""
+    return re.findall(r"arXiv:(\d{4}\.\d{4,5})", paper)
 
 
 def citations(
@@ -116,18 +42,20 @@ def citations(
 
     Args:
         method_name: a name of `alignkit.methods()`, such as "dpo".
-        loss_name: a name of `alignkit.losses.PREFERENCE_LOSSES`; None for a loss of your own, whose
-            paper only you know.
+        loss_name: a name of a table of `alignkit.losses`; None for a loss of your own, whose paper
+            only you know.
         modality: "text" or "image".
         adapter: the `kind` of the `LoRA` that was trained; None if all weights were.
     """
     refuse_unknown("method", method_name, _METHODS)
     refuse_unknown("modality", modality, _METHODS[method_name])
-    entries = [*_METHODS[method_name][modality]]
+    numbers = [*_METHODS[method_name][modality]]
     if loss_name is not None:
-        refuse_unknown("loss", loss_name, _LOSSES)
-        entries += _LOSSES[loss_name]
+        from alignkit.losses import LOSSES
+
+        refuse_unknown("loss", loss_name, LOSSES)
+        numbers += arxiv_numbers(LOSSES[loss_name].paper)
     if adapter is not None:
         refuse_unknown("adapter kind", adapter, _ADAPTERS)
-        entries += _ADAPTERS[adapter]
-    return entries
+        numbers += _ADAPTERS[adapter]
+    return [entries()[number] for number in dict.fromkeys(numbers)]

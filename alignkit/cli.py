@@ -162,18 +162,21 @@ def list_methods() -> None:
 
 
 @app.command("losses")
-def list_losses() -> None:
-    """List the losses: paper, equation, defaults, options."""
-    from alignkit.losses import PREFERENCE_LOSSES
+def list_losses(
+    as_markdown: Annotated[
+        bool, typer.Option("--markdown", help="As the tables of docs/formulas.md.")
+    ] = False,
+) -> None:
+    """List the losses: equation, paper, needs, minimiser, defaults, options."""
+    from alignkit.losses import listing
 
-    rows = []
-    for name, loss in PREFERENCE_LOSSES.items():
-        defaults = [f"{wing}: beta={values['beta']:g}" for wing, values in loss.defaults.items()]
-        keywords = [f"{key}={value!r}" for key, value in loss.keywords.items()]
-        rows.append(
-            [name, loss.paper, loss.equation, "\n".join(defaults), "\n".join(keywords) or "none"]
-        )
-    _print_table(("name", "paper", "equation", "defaults", "options"), rows)
+    if as_markdown:
+        typer.echo(listing.markdown())
+        return
+    for title, losses in listing.TABLES.items():
+        typer.echo(f"{title}\n")
+        for loss in losses.values():
+            typer.echo(f"{listing.entry(loss)}\n")
 
 
 @app.command()

@@ -28,7 +28,7 @@ COMMANDS = {
     "sample": {"run_or_model", "prompts", "--seed", "--generation", "--out"},
     "report": {"run"},
     "methods": set(),
-    "losses": set(),
+    "losses": {"--markdown"},
     "cite": {"file_or_method"},
     "schema": set(),
 }

@@ -1,14 +1,32 @@
 """The shared loss core: pure functions of a few numbers per example, for every modality."""
 
-from alignkit.losses.preference import PREFERENCE_LOSSES
+from types import MappingProxyType
+
+from alignkit.losses import batchwise, preference
+from alignkit.losses.group import GROUP_LOSSES
 from alignkit.losses.scores import GroupScores, PairScores, UnpairedScores
-from alignkit.losses.table import Loss, PairLoss
+from alignkit.losses.table import GroupLoss, Loss, PairLoss, State, UnpairedLoss
+from alignkit.losses.unpaired import UNPAIRED_LOSSES
+
+PREFERENCE_LOSSES = MappingProxyType(
+    {row.name: row for module in (preference, batchwise) for row in module.ROWS}
+)
+"""Name -> pairwise loss."""
+
+LOSSES = MappingProxyType({**PREFERENCE_LOSSES, **GROUP_LOSSES, **UNPAIRED_LOSSES})
+"""Name -> loss of any kind; names are unique over the tables."""
 
 __all__ = [
+    "GROUP_LOSSES",
+    "LOSSES",
     "PREFERENCE_LOSSES",
+    "UNPAIRED_LOSSES",
+    "GroupLoss",
     "GroupScores",
     "Loss",
     "PairLoss",
     "PairScores",
+    "State",
+    "UnpairedLoss",
     "UnpairedScores",
 ]

@@ -12,15 +12,15 @@ and no dropout. The law "policy = reference gives margin 0" does.
 from __future__ import annotations
 
 import math
-from types import MappingProxyType
 
 from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import softplus
 
 from alignkit.errors import ConfigError
-from alignkit.losses.scores import PairScores
-from alignkit.losses.table import PairLoss
+from alignkit.losses.defaults import betas
+from alignkit.losses.scores import PairScores, needed
+from alignkit.losses.table import Golden, PairLoss
 
 
 def _logit(scores: PairScores, beta: float) -> Float[Tensor, " B"]:
@@ -128,66 +128,59 @@ def ipo(scores: PairScores, *, beta: float, average: bool = True) -> Float[Tenso
     """
     margin = scores.margin
     if average:
-        if scores.chosen_length is None or scores.rejected_length is None:
-            raise ValueError(
-                "ipo(average=True) needs chosen_length and rejected_length in the scores; "
-                "give them, or take the paper's sums with average=False."
-            )
-        margin = scores.chosen / scores.chosen_length - scores.rejected / scores.rejected_length
+        lengths = needed(scores, "chosen_length", "rejected_length", by="ipo(average=True)")
+        margin = scores.chosen / lengths[0] - scores.rejected / lengths[1]
     offset = 0.0 if scores.target_margin is None else scores.target_margin / beta
     return (margin - offset - 1 / (2 * beta)) ** 2
 
 
-_TEXT_BETA = "Rafailov et al. 2023 section 6 (0.1 for dialogue), as in TRL"
-_IMAGE_BETA = "Wallace et al. 2023: 5000 for SDXL at 1024 px, mean reduction, one half inside"
-_MARGIN_LAWS = frozenset({"step0", "swap", "shift", "scaling", "batch", "p_chosen", "weight"})
+_LAWS = frozenset({"step0", "swap", "shift", "scaling", "ratio", "batch", "p_chosen", "weight"})
 
-
-def _row(name, function, paper, equation, at_reference, *, laws=_MARGIN_LAWS) -> PairLoss:  # type: ignore[no-untyped-def]
-    return PairLoss(
-        name=name,
-        function=function,
-        paper=paper,
-        equation=equation,
-        defaults=MappingProxyType({"text": {"beta": 0.1}, "image": {"beta": 5000.0}}),
-        sources=MappingProxyType({"text": _TEXT_BETA, "image": _IMAGE_BETA}),
-        laws=laws,
-        at_reference=at_reference,
-    )
-
-
-_ROWS = (
-    _row(
-        "sigmoid",
-        sigmoid,
-        "Rafailov et al. 2023, Direct Preference Optimization, arXiv:2305.18290, Eq. 7",
-        "(1-e) L(b h - m) + e L(-b h - m)",
-        lambda beta: math.log(2),
+ROWS = (
+    PairLoss(
+        name="sigmoid",
+        function=sigmoid,
+        paper="Rafailov et al. 2023, Direct Preference Optimization, arXiv:2305.18290, Eq. 7",
+        equation="(1-e) L(b h - m) + e L(-b h - m)",
+        betas=betas(),
+        laws=_LAWS,
+        golden=Golden(0.1, 0.6209570),
+        minimiser="h* = logit((1-e) p + e (1-p)) / b",
+        at_reference=lambda beta: math.log(2),
     ),
-    _row(
-        "robust",
-        robust,
-        "Chowdhury et al. 2024, Provably Robust DPO, arXiv:2403.00409, Eq. 12",
-        "[(1-e) L(b h - m) - e L(-b h - m)] / (1 - 2e)",
-        lambda beta: math.log(2),
+    PairLoss(
+        name="robust",
+        function=robust,
+        paper="Chowdhury et al. 2024, Provably Robust DPO, arXiv:2403.00409, Eq. 12",
+        equation="[(1-e) L(b h - m) - e L(-b h - m)] / (1 - 2e)",
+        betas=betas(),
+        laws=_LAWS,
+        golden=Golden(0.1, 0.6022070),
+        minimiser="h* = logit(p)/b for labels flipped with probability e",
+        at_reference=lambda beta: math.log(2),
     ),
-    _row(
-        "hinge",
-        hinge,
-        "Zhao et al. 2023, SLiC-HF, arXiv:2305.10425; Liu et al. 2023, RSO, arXiv:2309.06657",
-        "max(0, 1 - (b h - m))",
-        lambda beta: 1.0,
+    PairLoss(
+        name="hinge",
+        function=hinge,
+        paper="Zhao et al. 2023, SLiC-HF, arXiv:2305.10425; Liu et al. 2023, RSO, arXiv:2309.06657",
+        equation="max(0, 1 - (b h - m))",
+        betas=betas(),
+        laws=_LAWS,
+        golden=Golden(0.1, 0.85),
+        minimiser="h* = 1/b for any p > 1/2",
+        at_reference=lambda beta: 1.0,
     ),
-    _row(
-        "ipo",
-        ipo,
-        "Azar et al. 2023, A General Theoretical Paradigm, arXiv:2310.12036, Eq. 17",
-        "(w/|y_w| - l/|y_l| - m/b - 1/(2b))^2; average=False: (h - m/b - 1/(2b))^2",
-        lambda beta: 1 / (4 * beta**2),
+    PairLoss(
+        name="ipo",
+        function=ipo,
+        paper="Azar et al. 2023, A General Theoretical Paradigm, arXiv:2310.12036, Eq. 17",
+        equation="(w/|y_w| - l/|y_l| - m/b - 1/(2b))^2; average=False: (h - m/b - 1/(2b))^2",
+        betas=betas(),
         # Averages over two different lengths: what both answers gain alike does not cancel.
-        laws=_MARGIN_LAWS - {"shift"},
+        laws=_LAWS - {"shift"},
+        golden=Golden(0.1, 22.4439062),
+        minimiser="h* = (p - 1/2)/b, of sums or of averages",
+        at_reference=lambda beta: 1 / (4 * beta**2),
+        needs=("chosen_length", "rejected_length"),
     ),
 )
-
-PREFERENCE_LOSSES = MappingProxyType({row.name: row for row in _ROWS})
-"""Name -> pairwise loss."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 from jaxtyping import Float
 from torch import Tensor
@@ -27,6 +28,21 @@ def check_equal_shapes(owner: str, **tensors: Tensor | None) -> None:
             )
 
 
+def needed(scores: Any, *names: str, by: str) -> tuple[Tensor, ...]:
+    """The optional fields that a loss cannot do without.
+
+    Raises:
+        ValueError: naming the missing field and the loss.
+    """
+    for name in names:
+        if getattr(scores, name) is None:
+            raise ValueError(
+                f"{by} needs `{name}`, and the scores have none. Give {' and '.join(names)} in "
+                f"{type(scores).__name__} (from the data's columns), or take another loss."
+            )
+    return tuple(getattr(scores, name) for name in names)
+
+
 @dataclass(frozen=True)
 class PairScores:
     """Log-likelihoods of B preference pairs, float32.
@@ -39,6 +55,9 @@ class PairScores:
         weight: (B,) applied by the objective, not by the loss.
         target_margin: (B,) offset that the data asks for; subtracted from the logit after beta.
         p_chosen: (B,) probability that the chosen answer is the better one; None is 1.
+        score_chosen, score_rejected: (B,) what a reward or a rater gave; swapping the label leaves
+            them, like `target_margin`, with the labelled winner.
+        uniform: (B,) in [0, 1), one number of each pair's own draw, for losses that sample pairs.
     """
 
     policy_chosen: Float[Tensor, " B"]
@@ -50,6 +69,9 @@ class PairScores:
     weight: Float[Tensor, " B"] | None = None
     target_margin: Float[Tensor, " B"] | None = None
     p_chosen: Float[Tensor, " B"] | None = None
+    score_chosen: Float[Tensor, " B"] | None = None
+    score_rejected: Float[Tensor, " B"] | None = None
+    uniform: Float[Tensor, " B"] | None = None
 
     def __post_init__(self) -> None:
         check_equal_shapes("PairScores", **vars(self))
@@ -95,7 +117,8 @@ class UnpairedScores:
         desirable: (B,) bool, whether the answer is liked.
         length: (B,) completion tokens.
         weight: (B,) applied by the objective.
-        kl: (B,) or None, log-ratios of mismatched answers, for a KL baseline.
+        kl: (B,) or None, log-ratios of mismatched answers (another prompt's answer to this prompt),
+            for a KL baseline.
     """
 
     policy: Float[Tensor, " B"]
@@ -119,8 +142,8 @@ class GroupScores:
 
     Attributes:
         policy, reference: (G, K) log-likelihoods.
-        rank: (G, K) int, 0 = best.
-        mask: (G, K) bool, False where a group has fewer than K answers.
+        rank: (G, K) int, 0 = best, equal = tie, -1 = unranked, which is below all ranked ones.
+        mask: (G, K) bool, False where a group has fewer than K answers; any finite numbers there.
         length: (G, K) completion tokens.
         weight: (G,) applied by the objective.
     """

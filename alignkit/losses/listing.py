@@ -1,0 +1,68 @@
+"""The loss tables as text: for the command `alignkit losses` and for docs/formulas.md."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from alignkit.losses import GROUP_LOSSES, PREFERENCE_LOSSES, UNPAIRED_LOSSES
+from alignkit.losses.table import Loss
+
+COLUMNS = ("name", "equation", "paper", "needs", "minimiser", "golden", "defaults", "options")
+
+
+TABLES: Mapping[str, Mapping[str, Loss]] = {
+    "Pairs": PREFERENCE_LOSSES,
+    "Rankings": GROUP_LOSSES,
+    "Single labelled answers": UNPAIRED_LOSSES,
+}
+"""Kind of data -> its losses."""
+
+
+def cells(loss: Loss) -> dict[str, str]:
+    """What a listing says of a loss, by column."""
+    return {
+        "name": loss.name,
+        "equation": loss.equation,
+        "paper": loss.paper,
+        "needs": ", ".join(_needs(loss)) or "nothing more",
+        "minimiser": loss.minimiser,
+        "golden": f"{loss.golden.value:.7f} at b = {loss.golden.beta:g}",
+        "defaults": ", ".join(
+            f"{wing}: beta={values['beta']:g}" for wing, values in loss.defaults.items()
+        ),
+        "options": ", ".join(f"{key}={value!r}" for key, value in loss.keywords.items()) or "none",
+    }
+
+
+def entry(loss: Loss) -> str:
+    """A loss in a few lines, for terminals."""
+    name, *rest = cells(loss).items()
+    return "\n".join([name[1], *(f"  {column:10} {value}" for column, value in rest)])
+
+
+def _needs(loss: Loss) -> list[str]:
+    """What a row needs beyond log-likelihoods of policy and reference in any unit."""
+    facts = {
+        "no reference": not loss.needs_reference,
+        "the global batch": loss.coupled,
+        "a state": loss.update is not None,
+        "nats": not loss.scale_free and "text" in loss.modalities,
+        "images": loss.modalities == ("image",),
+    }
+    return [*(fact for fact, holds in facts.items() if holds), *loss.needs]
+
+
+def markdown() -> str:
+    """The tables for docs/formulas.md, one line per row."""
+    return "\n".join(
+        f"### {title}\n\n{_markdown_table(losses)}\n" for title, losses in TABLES.items()
+    )
+
+
+def _markdown_table(losses: Mapping[str, Loss]) -> str:
+    lines = ["| " + " | ".join(COLUMNS) + " |", "|---" * len(COLUMNS) + "|"]
+    for loss in losses.values():
+        shown = cells(loss) | {"name": f"`{loss.name}`"}
+        row = [shown[name].replace("|", "\\|") for name in COLUMNS]
+        lines.append("| " + " | ".join(row) + " |")
+    return "\n".join(lines)
