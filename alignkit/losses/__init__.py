@@ -2,14 +2,18 @@
 
 from types import MappingProxyType
 
-from alignkit.losses import batchwise, preference
+from alignkit.losses import batchwise, offsets, pointwise, preference, reference_free
 from alignkit.losses.group import GROUP_LOSSES
 from alignkit.losses.scores import GroupScores, PairScores, UnpairedScores
 from alignkit.losses.table import GroupLoss, Loss, PairLoss, State, UnpairedLoss
 from alignkit.losses.unpaired import UNPAIRED_LOSSES
 
 PREFERENCE_LOSSES = MappingProxyType(
-    {row.name: row for module in (preference, batchwise) for row in module.ROWS}
+    {
+        row.name: row
+        for module in (preference, offsets, pointwise, batchwise, reference_free)
+        for row in module.ROWS
+    }
 )
 """Name -> pairwise loss."""
 

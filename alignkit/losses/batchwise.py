@@ -120,10 +120,9 @@ def beta_dpo(
         weight = torch.where(kept, weight, 0.0)
     kept_weight = weight.sum()
     effective = (beta * (1 + a * ((weight * gap).sum() / kept_weight - mean))).clamp(min=1e-3)
-    offset = 0.0 if scores.target_margin is None else scores.target_margin
-    loss = softplus(offset - effective * scores.margin)
+    loss = softplus(-scores.offset(effective * scores.margin))
     if scores.p_chosen is not None:
-        swapped = softplus(offset + effective * scores.margin)
+        swapped = softplus(-scores.offset(-effective * scores.margin))
         loss = swapped + scores.p_chosen * (loss - swapped)
     if rho == 0:
         return loss

@@ -12,6 +12,7 @@ from types import MappingProxyType
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
+from torch.nn.functional import softplus
 
 from alignkit.losses.defaults import betas
 from alignkit.losses.scores import GroupScores
@@ -55,6 +56,47 @@ def plackett_luce(scores: GroupScores, *, beta: float) -> Float[Tensor, " G"]:
     return (choice / block.sum(-1).clamp(min=1)).sum(-1)
 
 
+def all_pairs(scores: GroupScores, *, beta: float) -> Float[Tensor, " G"]:
+    """All pairs: mean of L(s_i - s_j) over the pairs with i ranked above j.
+
+    Ouyang et al. 2022 (2203.02155) Eq. 1, on implicit rewards: the pairs of one prompt are one
+    example, and every prompt weighs the same whatever its K. Tied pairs are left out.
+
+    Args:
+        scores: G groups of up to K answers.
+        beta: strength of the KL to the reference.
+
+    Returns:
+        (G,) losses; ln 2 where policy = reference, 0 for a group without any decided pair.
+    """
+    below, block = _not_above(scores)
+    decided = below & ~block
+    s = beta * scores.log_ratio
+    losses = torch.where(decided, softplus(s[:, None, :] - s[:, :, None]), 0.0)
+    return losses.sum((1, 2)) / decided.sum((1, 2)).clamp(min=1)
+
+
+def best_of_k(scores: GroupScores, *, beta: float) -> Float[Tensor, " G"]:
+    """Best of K: lse(s_1 .. s_K) - s_best.
+
+    Ziegler et al. 2019 (1909.08593) Eq. 1, on implicit rewards: a choice among K answers, whatever
+    the order of the others. Several best answers are one choice.
+
+    Args:
+        scores: G groups of up to K answers.
+        beta: strength of the KL to the reference.
+
+    Returns:
+        (G,) losses; ln K where policy = reference and one answer is best.
+    """
+    below, _ = _not_above(scores)
+    best = scores.mask & (below.sum(-1) == scores.mask.sum(-1, keepdim=True))
+    s = beta * scores.log_ratio
+    return _lse(s, scores.mask) - _lse(s, best)
+
+
+_LAWS = frozenset({"step0", "ratio", "shift", "scaling", "batch", "weight"})
+
 ROWS = (
     GroupLoss(
         name="plackett_luce",
@@ -62,9 +104,31 @@ ROWS = (
         paper="Rafailov et al. 2023, Direct Preference Optimization, arXiv:2305.18290, app. A.3",
         equation="sum over k < K of lse(s_k .. s_K) - s_k, s = b times log-ratio, best first",
         betas=betas(),
-        laws=frozenset({"step0", "ratio", "shift", "scaling", "batch", "weight"}),
+        laws=_LAWS,
         golden=Golden(0.1, 1.5770553),
         minimiser="differences of s = differences of the Plackett-Luce utilities",
+        at_reference=lambda beta: math.log(2),
+    ),
+    GroupLoss(
+        name="all_pairs",
+        function=all_pairs,
+        paper="Ouyang et al. 2022, InstructGPT, arXiv:2203.02155, Eq. 1",
+        equation="mean over i ranked above j of L(s_i - s_j)",
+        betas=betas(),
+        laws=_LAWS,
+        golden=Golden(0.1, 0.5987564),
+        minimiser="differences of s = differences of Bradley-Terry utilities",
+        at_reference=lambda beta: math.log(2),
+    ),
+    GroupLoss(
+        name="best_of_k",
+        function=best_of_k,
+        paper="Ziegler et al. 2019, Fine-Tuning Language Models, arXiv:1909.08593, Eq. 1",
+        equation="lse(s_1 .. s_K) - s_best",
+        betas=betas(),
+        laws=_LAWS,
+        golden=Golden(0.1, 0.9560983),
+        minimiser="s_i = ln of the probability that answer i is chosen, up to a constant",
         at_reference=lambda beta: math.log(2),
     ),
 )

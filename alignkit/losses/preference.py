@@ -1,9 +1,9 @@
-"""Pairwise preference losses: pure functions of four log-likelihoods per pair.
+"""Margin losses: pure functions of the difference of two log-ratios.
 
-Symbols: w = log-ratio of policy to reference on the chosen answer, l = on the rejected one, h = w
-- l the margin, m = `target_margin`, L(x) = -log sigmoid(x) = softplus(-x). All return (B,),
-unreduced and unweighted; means over the batch are the objective's affair, *outside* the
-log-sigmoid.
+Symbols: b = beta, w = log-ratio of policy to reference on the chosen answer, l = on the rejected
+one, h = w - l the margin, m = `target_margin`, s(x) = sigmoid(x), L(x) = -log s(x) = softplus(-x).
+All losses return (B,), unreduced and unweighted; means over the batch are the objective's affair,
+*outside* the log-sigmoid.
 
 What these functions cannot check: that policy and reference saw the same tokens, the same draw,
 and no dropout. The law "policy = reference gives margin 0" does.
@@ -13,26 +13,16 @@ from __future__ import annotations
 
 import math
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import softplus
 
 from alignkit.errors import ConfigError
 from alignkit.losses.defaults import betas
+from alignkit.losses.divergences import capped_exp
 from alignkit.losses.scores import PairScores, needed
 from alignkit.losses.table import Golden, PairLoss
-
-
-def _logit(scores: PairScores, beta: float) -> Float[Tensor, " B"]:
-    """b h - m: the logit that every margin loss is a function of."""
-    logit = beta * scores.margin
-    return logit if scores.target_margin is None else logit - scores.target_margin
-
-
-def _swapped_logit(scores: PairScores, beta: float) -> Float[Tensor, " B"]:
-    """-b h - m: the logit of the same pair with the opposite label."""
-    logit = -beta * scores.margin
-    return logit if scores.target_margin is None else logit - scores.target_margin
 
 
 def sigmoid(
@@ -56,10 +46,10 @@ def sigmoid(
     """
     if not 0 <= label_smoothing <= 0.5:
         raise ConfigError(f"label_smoothing must be in [0, 0.5]; got {label_smoothing}.")
-    loss = softplus(-_logit(scores, beta))
+    loss = softplus(-scores.logit(beta))
     if label_smoothing == 0:
         return loss
-    swapped = softplus(-_swapped_logit(scores, beta))
+    swapped = softplus(-scores.offset(-beta * scores.margin))
     # (1 - e) a + e s, written so that policy = reference gives ln 2 to the last bit.
     return loss + label_smoothing * (swapped - loss)
 
@@ -85,8 +75,8 @@ def robust(scores: PairScores, *, beta: float, label_smoothing: float = 0.1) -> 
         raise ConfigError(
             f"label_smoothing of 'robust' is a flip probability in [0, 0.5); got {label_smoothing}."
         )
-    loss = softplus(-_logit(scores, beta))
-    swapped = softplus(-_swapped_logit(scores, beta))
+    loss = softplus(-scores.logit(beta))
+    swapped = softplus(-scores.offset(-beta * scores.margin))
     # Written as the plain loss plus a correction that vanishes at h = 0, so that policy = reference
     # gives ln 2 to the last bit: [(1-e) a - e s] / (1-2e) = a + e (a - s) / (1-2e).
     return loss + (label_smoothing / (1 - 2 * label_smoothing)) * (loss - swapped)
@@ -105,7 +95,7 @@ def hinge(scores: PairScores, *, beta: float) -> Float[Tensor, " B"]:
     Returns:
         (B,) per-pair losses; 1 where policy = reference and m = 0.
     """
-    return (1 - _logit(scores, beta)).clamp(min=0)
+    return (1 - scores.logit(beta)).clamp(min=0)
 
 
 def ipo(scores: PairScores, *, beta: float, average: bool = True) -> Float[Tensor, " B"]:
@@ -132,6 +122,59 @@ def ipo(scores: PairScores, *, beta: float, average: bool = True) -> Float[Tenso
         margin = scores.chosen / lengths[0] - scores.rejected / lengths[1]
     offset = 0.0 if scores.target_margin is None else scores.target_margin / beta
     return (margin - offset - 1 / (2 * beta)) ** 2
+
+
+def exo_pair(
+    scores: PairScores, *, beta: float, label_smoothing: float = 1e-3
+) -> Float[Tensor, " B"]:
+    """EXO: s(x) [ln s(x) - ln(1 - e)] + s(-x) [ln s(-x) - ln e], x = b h - m.
+
+    Ji et al. 2024 (2402.00856) Eq. 16: the reverse KL of the pair's softmax to the smoothed label.
+    Its gradient vanishes where s(x) saturates.
+
+    Args:
+        scores: B pairs.
+        beta: strength of the KL to the reference.
+        label_smoothing: e in (0, 0.5].
+
+    Returns:
+        (B,) per-pair losses; 0 where s(x) = 1 - e.
+
+    Raises:
+        ConfigError: for e outside (0, 0.5].
+    """
+    if not 0 < label_smoothing <= 0.5:
+        raise ConfigError(
+            "label_smoothing of 'exo_pair' must be in (0, 0.5], since the label's logarithm enters;"
+            f" got {label_smoothing}. Its default is 1e-3."
+        )
+    x = scores.logit(beta)
+    chosen = torch.sigmoid(x) * (-softplus(-x) - math.log(1 - label_smoothing))
+    return chosen + torch.sigmoid(-x) * (-softplus(x) - math.log(label_smoothing))
+
+
+def discopop(scores: PairScores, *, beta: float, tau: float = 0.05) -> Float[Tensor, " B"]:
+    """DiscoPOP: (1 - k) L(x) + k e^(-x), k = s(x / t), x = b h - m.
+
+    Lu et al. 2024 (2406.08414) Eq. 5, the log-ratio modulated loss that a language model found. Not
+    convex. Beyond e^30 the exponential goes on along its tangent, so that it stays finite.
+
+    Args:
+        scores: B pairs.
+        beta: strength of the KL to the reference.
+        tau: t > 0, how fast the blend changes from logistic to exponential.
+
+    Returns:
+        (B,) per-pair losses; (1 + ln 2) / 2 where policy = reference and m = 0.
+
+    Raises:
+        ConfigError: for tau not above 0.
+    """
+    if not tau > 0:
+        raise ConfigError(f"tau of 'discopop' must be above 0; got {tau}. Its default is 0.05.")
+    x = scores.logit(beta)
+    blend = torch.sigmoid(x / tau)
+    return (1 - blend) * softplus(-x) + blend * capped_exp(-x)
 
 
 _LAWS = frozenset({"step0", "swap", "shift", "scaling", "ratio", "batch", "p_chosen", "weight"})
@@ -182,5 +225,27 @@ ROWS = (
         minimiser="h* = (p - 1/2)/b, of sums or of averages",
         at_reference=lambda beta: 1 / (4 * beta**2),
         needs=("chosen_length", "rejected_length"),
+    ),
+    PairLoss(
+        name="exo_pair",
+        function=exo_pair,
+        paper="Ji et al. 2024, Efficient Exact Optimization, arXiv:2402.00856, Eq. 16",
+        equation="s(x) [ln s(x) - ln(1-e)] + s(-x) [ln s(-x) - ln e], x = b h - m",
+        betas=betas(),
+        laws=_LAWS,
+        golden=Golden(0.1, 2.5055166),
+        minimiser="h* = (2p - 1) ln((1-e)/e) / b",
+        at_reference=lambda beta: -math.log(2) - math.log(0.999e-3) / 2,
+    ),
+    PairLoss(
+        name="discopop",
+        function=discopop,
+        paper="Lu et al. 2024, Discovering Preference Optimization, arXiv:2406.08414, Eq. 5",
+        equation="(1-k) L(x) + k e^(-x), k = s(x/t), x = b h - m",
+        betas=betas(),
+        laws=_LAWS,
+        golden=Golden(0.1, 0.8493376),
+        minimiser="none in closed form; two valleys, not convex",
+        at_reference=lambda beta: (math.log(2) + 1) / 2,
     ),
 )

@@ -91,6 +91,14 @@ class PairScores:
         """Chosen minus rejected log-ratio; times beta it is the DPO logit."""
         return self.chosen - self.rejected
 
+    def logit(self, beta: float) -> Float[Tensor, " B"]:
+        """b h - m, which every margin loss is a function of."""
+        return self.offset(beta * self.margin)
+
+    def offset(self, logit: Float[Tensor, " B"]) -> Float[Tensor, " B"]:
+        """A preference logit less the pair's target margin."""
+        return logit if self.target_margin is None else logit - self.target_margin
+
     def swapped(self) -> PairScores:
         """The same pairs with the opposite label.
 

@@ -7,15 +7,18 @@ table and are no affair of the functions.
 
 from __future__ import annotations
 
+import math
 from types import MappingProxyType
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch.nn.functional import softplus
 
 from alignkit.losses.defaults import betas
+from alignkit.losses.running import running, running_mean
 from alignkit.losses.scores import UnpairedScores, needed
-from alignkit.losses.table import Golden, UnpairedLoss
+from alignkit.losses.table import Golden, State, UnpairedLoss
 
 
 def kto(scores: UnpairedScores, *, beta: float) -> Float[Tensor, " B"]:
@@ -41,6 +44,77 @@ def kto(scores: UnpairedScores, *, beta: float) -> Float[Tensor, " B"]:
     return torch.sigmoid(torch.where(scores.desirable.bool(), -gain, gain))
 
 
+def apo_zero_unpaired(scores: UnpairedScores, *, beta: float) -> Float[Tensor, " B"]:
+    """APO-zero on single answers: 1 - s(b r) for a liked answer, s(b r) for a disliked one.
+
+    D'Oosterlinck et al. 2024 (2408.06266) Eq. 7, unpaired as in TRL: KTO with a baseline of 0.
+
+    Args:
+        scores: B answers.
+        beta: how soon the loss saturates.
+
+    Returns:
+        (B,) losses in (0, 1); one half where policy = reference.
+    """
+    gain = beta * scores.log_ratio
+    return torch.sigmoid(torch.where(scores.desirable.bool(), -gain, gain))
+
+
+def bco(
+    scores: UnpairedScores, *, beta: float, state: State, momentum: float = 0.9
+) -> Float[Tensor, " B"]:
+    """BCO: L(b r - d) for a liked answer, L(d - b r) for a disliked one.
+
+    Jung et al. 2024 (2404.04656): a binary classifier whose threshold d is halfway between the
+    running mean rewards b r of the two classes; detached. While one class has not been seen, d is
+    the other's mean.
+
+    Args:
+        scores: the B answers of the global batch.
+        beta: strength of the KL to the reference.
+        state: of `bco_state`.
+        momentum: of the running means.
+
+    Returns:
+        (B,) losses; ln 2 where policy = reference.
+    """
+    seen = (state["reward.mass"] > 0).double()
+    shift = (running(state, "reward") * seen).sum() / seen.sum()
+    logit = beta * scores.log_ratio - shift.to(scores.policy.dtype)
+    return softplus(torch.where(scores.desirable.bool(), -logit, logit))
+
+
+def bco_state(
+    scores: UnpairedScores, state: State, *, beta: float, momentum: float = 0.9
+) -> dict[str, Tensor]:
+    """Running mean rewards of disliked and liked answers, this batch included."""
+    reward = beta * scores.log_ratio.detach().double()
+    weight = torch.ones_like(reward) if scores.weight is None else scores.weight.double()
+    liked = scores.desirable.to(reward)
+    share = torch.stack([weight * (1 - liked), weight * liked])
+    total = share.sum(1)
+    mean = (share * reward).sum(1) / total.clamp(min=1e-300)
+    return running_mean(state, "reward", mean, momentum, present=total > 0)
+
+
+def nca(scores: UnpairedScores, *, beta: float) -> Float[Tensor, " B"]:
+    """NCA: L(b r) + L(-b r)/2 for a liked answer, L(-b r)/2 for a disliked one.
+
+    Chen et al. 2024 (2402.05369): a liked answer is told from noise, and every answer is held near
+    the reference. A liked and a disliked answer together are `nca_pair`.
+
+    Args:
+        scores: B answers.
+        beta: strength of the KL to the reference.
+
+    Returns:
+        (B,) losses; (3 ln 2)/2 for a liked and (ln 2)/2 for a disliked one where policy =
+        reference.
+    """
+    gain = beta * scores.log_ratio
+    return softplus(gain) / 2 + torch.where(scores.desirable.bool(), softplus(-gain), 0.0)
+
+
 _LAWS = frozenset({"step0", "ratio", "scaling", "batch", "weight"})
 
 ROWS = (
@@ -56,6 +130,41 @@ ROWS = (
         at_reference=lambda beta: 0.5,
         coupled=True,
         needs=("kl",),
+    ),
+    UnpairedLoss(
+        name="apo_zero_unpaired",
+        function=apo_zero_unpaired,
+        paper="D'Oosterlinck et al. 2024, Anchored Preference Opt., arXiv:2408.06266, Eq. 7",
+        equation="liked: 1 - s(b r); disliked: s(b r)",
+        betas=betas(source="as in TRL"),
+        laws=_LAWS,
+        golden=Golden(0.1, 0.4812617),
+        minimiser="none: bounded and monotone in each r",
+        at_reference=lambda beta: 0.5,
+    ),
+    UnpairedLoss(
+        name="bco",
+        function=bco,
+        paper="Jung et al. 2024, Binary Classifier Optimization, arXiv:2404.04656",
+        equation="liked: L(b r - d); disliked: L(d - b r); d = midway of the running mean rewards",
+        betas=betas(source="Jung et al. 2024, as in TRL"),
+        laws=_LAWS - {"batch"},
+        golden=Golden(0.1, 0.6563501),
+        minimiser="b r* = d + logit of the probability that the answer is liked",
+        at_reference=lambda beta: math.log(2),
+        coupled=True,
+        update=bco_state,
+    ),
+    UnpairedLoss(
+        name="nca",
+        function=nca,
+        paper="Chen et al. 2024, Noise Contrastive Alignment, arXiv:2402.05369",
+        equation="liked: L(b r) + L(-b r)/2; disliked: L(-b r)/2",
+        betas=betas(),
+        laws=_LAWS,
+        golden=Golden(0.1, 0.6754124),
+        minimiser="b r* = ln(2q), q = probability that the answer is liked",
+        at_reference=lambda beta: math.log(2),
     ),
 )
 
