@@ -29,27 +29,38 @@ from alignkit.options import (
     TextOptions,
     TrainerOptions,
 )
+from alignkit.reference_options import (
+    AdapterReference,
+    EMAReference,
+    PrecomputedReference,
+    SyncedReference,
+)
 
 if TYPE_CHECKING:
     from alignkit.api import AlignResult, Run, align, build
     from alignkit.cite import citations
+    from alignkit.precompute import precompute_reference
     from alignkit.trainer import Trainer
 
 __version__ = "0.1.0"
 
 __all__ = [
     "DPO",
+    "AdapterReference",
     "AlignResult",
     "AlignkitError",
     "CheckpointError",
     "ConfigError",
     "DataError",
+    "EMAReference",
     "EarlyStop",
     "GenerationOptions",
     "ImageOptions",
     "LoRA",
     "NonFiniteError",
+    "PrecomputedReference",
     "Run",
+    "SyncedReference",
     "TextOptions",
     "Trainer",
     "TrainerOptions",
@@ -57,6 +68,7 @@ __all__ = [
     "build",
     "citations",
     "methods",
+    "precompute_reference",
 ]
 
 _LAZY = {
@@ -66,6 +78,7 @@ _LAZY = {
     "align": "alignkit.api",
     "build": "alignkit.api",
     "citations": "alignkit.cite",
+    "precompute_reference": "alignkit.precompute",
 }
 """Name -> the module that has it, imported on first use."""
 

@@ -1,13 +1,14 @@
-"""Where both wings meet peft: the configuration of a LoRA and the switch that turns it off."""
+"""Where both wings meet peft: the configuration of a LoRA, and switches between adapters."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 from torch import nn
 
+from alignkit.errors import refuse_unknown
 from alignkit.options import LoRA
 
 
@@ -28,25 +29,66 @@ def lora_config(adapter: LoRA, targets: Sequence[str] | str, **extra: Any) -> An
     )
 
 
-@contextmanager
-def adapters_off(module: nn.Module) -> Iterator[None]:
+def adapter_layers(module: nn.Module) -> list[Any]:
+    """The layers of `module` in which peft keeps adapters, modules saved whole among them."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils.other import AuxiliaryTrainingWrapper
+
+    kinds = (BaseTunerLayer, AuxiliaryTrainingWrapper)
+    return [layer for layer in module.modules() if isinstance(layer, kinds)]
+
+
+def active_adapters(module: nn.Module) -> list[str]:
+    """The names of the adapters that `module` computes with."""
+    layers = adapter_layers(module)
+    return list(dict.fromkeys(name for layer in layers for name in layer.active_adapters))
+
+
+def adapters_off(module: nn.Module) -> AbstractContextManager[None]:
     """Inside, every adapter layer of `module` computes as its base layer.
 
-    Restored on exit also after an exception. Gradient flags are kept as they were: peft's own
-    switch freezes the adapter, and a frozen adapter that is still off while checkpointing
-    recomputes would train nothing. Use it around a no-grad forward only.
+    Use it around a no-grad forward only; see `_switched`.
     """
-    from peft.tuners.tuners_utils import BaseTunerLayer
+    return _switched(module, lambda layer: layer.enable_adapters(False))
 
-    layers = [layer for layer in module.modules() if isinstance(layer, BaseTunerLayer)]
+
+def adapter_on(module: nn.Module, name: str) -> AbstractContextManager[None]:
+    """Inside, `module` computes with the adapter `name` in place of the active one.
+
+    Use it around a no-grad forward only; see `_switched`.
+
+    Raises:
+        ConfigError: there is no such adapter.
+    """
+    refuse_unknown("adapter of the policy", name, getattr(module, "peft_config", None) or {})
+
+    def switch(layer: Any) -> None:
+        # A layer that this adapter does not touch computes as its base.
+        has_it = name in layer._get_available_adapters()
+        layer.enable_adapters(has_it)
+        if has_it:
+            layer.set_adapter([name])
+
+    return _switched(module, switch)
+
+
+@contextmanager
+def _switched(module: nn.Module, switch: Callable[[Any], None]) -> Iterator[None]:
+    """`switch` on every adapter layer, undone on exit, also after an exception.
+
+    Gradient flags are kept as they were: peft's own switches freeze adapters, and a frozen adapter
+    that is still off while checkpointing recomputes would train nothing.
+    """
+    layers = adapter_layers(module)
     flags = [(p, p.requires_grad) for layer in layers for p in layer.parameters()]
-    was_off = [layer.disable_adapters for layer in layers]
+    before = [(list(layer.active_adapters), layer.disable_adapters) for layer in layers]
     try:
         for layer in layers:
-            layer.enable_adapters(False)
+            switch(layer)
         yield
     finally:
-        for layer, off in zip(layers, was_off, strict=True):
+        for layer, (active, off) in zip(layers, before, strict=True):
+            layer.set_adapter(active)
             layer.enable_adapters(not off)
         for parameter, flag in flags:
             parameter.requires_grad_(flag)

@@ -57,7 +57,8 @@ def align(
     Other arguments:
         eval_data: held-out rows, or a dict of named sets.
         reference: "auto" (fresh adapter: that adapter off; continued adapter: a copy of its start;
-            otherwise a frozen copy), "frozen", "adapter_off", "none", or another model.
+            otherwise a frozen copy), "frozen", "adapter_off", "none", an `AdapterReference`,
+            `EMAReference`, `SyncedReference` or `PrecomputedReference`, or another model.
         reward, judge: for online methods.
         adapter: `LoRA(...)`; None trains all weights.
         data_options: `TextOptions` or `ImageOptions`.

@@ -204,7 +204,7 @@ def cite(
 @app.command()
 def schema() -> None:
     """Print the JSON schema of configuration files, for editors."""
-    from alignkit.config import json_schema
+    from alignkit.run_schema import json_schema
 
     typer.echo(json.dumps(json_schema(), indent=2))
 

@@ -19,12 +19,11 @@ from alignkit.options import (
     TextOptions,
     TrainerOptions,
 )
+from alignkit.reference_options import REFERENCE_KINDS, ReferenceOption
 from alignkit.schema import (
-    descriptions,
+    build,
     dotted,
     hints,
-    json_object,
-    json_type,
     read,
     refuse_unknown_keys,
 )
@@ -36,7 +35,6 @@ __all__ = [
     "check",
     "from_file",
     "from_mapping",
-    "json_schema",
     "override",
     "resolve_data_options",
     "to_mapping",
@@ -53,9 +51,9 @@ class RunConfig:
         method: what to optimise: a name, or a mapping with `name` and the method's options.
         data: a file (jsonl, json, csv, parquet), a folder or a hub name; in Python also rows.
         eval_data: like data, or a mapping from set names to such.
-        reference: "auto", "frozen", "adapter_off", "none", or a path or hub name. Auto: a fresh
-            adapter is switched off; an adapter that is continued, or a fully trained model, is
-            copied.
+        reference: "auto", "frozen", "adapter_off", "none", a path or hub name, or a mapping with
+            `kind` (adapter, ema, synced, precomputed) and its options. Auto: a fresh adapter is
+            switched off; an adapter that is continued, or a fully trained model, is copied.
         reward: scores answers, for online methods.
         judge: compares two answers, for online methods.
         adapter: the low-rank adapter to train; without one all weights are trained.
@@ -85,12 +83,12 @@ class RunConfig:
     seed: int = 0
 
 
-_IN_FILES: Mapping[str, Any] = {
+IN_FILES: Mapping[str, Any] = {
     **hints(RunConfig),
     "policy": str,
     "data": str,
     "eval_data": str | Mapping[str, str] | None,
-    "reference": str,
+    "reference": str | Mapping[str, Any],
     "reward": str | None,
     "judge": str | None,
     "run_dir": str | None,
@@ -100,7 +98,7 @@ _IN_FILES: Mapping[str, Any] = {
 }
 """The type hints of a file's top level: those of `RunConfig`, without objects in memory."""
 
-_WRITTEN_BY_RUNS = ("environment", "resolved")
+WRITTEN_BY_RUNS = ("environment", "resolved")
 _REQUIRED = ("policy", "method", "data")
 _IN_MEMORY = "<in memory: "
 
@@ -117,7 +115,7 @@ def from_mapping(mapping: Mapping[str, Any], where: str = "config") -> RunConfig
         ConfigError: naming the dotted path of the key that is unknown, missing or of wrong type.
     """
     try:
-        return _read_run({k: v for k, v in mapping.items() if k not in _WRITTEN_BY_RUNS})
+        return _read_run({k: v for k, v in mapping.items() if k not in WRITTEN_BY_RUNS})
     except ConfigError as error:
         raise ConfigError(f"{where}: {error}") from None
 
@@ -128,7 +126,7 @@ def _read_run(given: dict[str, Any]) -> RunConfig:
             f"recipe is not supported; got {given['recipe']!r}. "
             "Write one run as policy, method and data."
         )
-    refuse_unknown_keys("", given, _IN_FILES)
+    refuse_unknown_keys("", given, IN_FILES)
     for name in _REQUIRED:
         if given.get(name) is None:
             raise ConfigError(f"{name} must be given; add a line `{name}: ...` at the top level.")
@@ -146,9 +144,11 @@ def _read_key(name: str, value: Any) -> Any:
         return _read_method(value)
     if name == "data_options":
         return _read_data_options(value)
+    if name == "reference" and isinstance(value, Mapping):
+        return _read_reference(value)
     if name in ("generation", "trainer") and value is None:
         value = {}  # a section whose lines are all commented out
-    return read(_IN_FILES[name], value, name)
+    return read(IN_FILES[name], value, name)
 
 
 def _read_method(value: Any) -> DPO:
@@ -167,6 +167,19 @@ def _read_method(value: Any) -> DPO:
             for key, item in given.items()
         }
     )
+
+
+def _read_reference(value: Mapping[str, Any]) -> ReferenceOption:
+    kind = value.get("kind")
+    if not isinstance(kind, str):
+        raise ConfigError(
+            "reference as a mapping has a kind, such as {kind: ema, decay: 0.99}; got "
+            f"{dict(value)!r}. Kinds: {', '.join(REFERENCE_KINDS)}."
+        )
+    refuse_unknown("reference.kind", kind, REFERENCE_KINDS)
+    given = {key: item for key, item in value.items() if key != "kind"}
+    option: ReferenceOption = build(REFERENCE_KINDS[kind], given, "reference")
+    return option
 
 
 def _read_data_options(value: Any) -> Mapping[str, Any] | None:
@@ -215,7 +228,8 @@ def _plain(value: Any) -> Any:
     if isinstance(value, Real):
         return float(value)
     if isinstance(value, _OPTIONS):
-        return {f.name: _plain(getattr(value, f.name)) for f in fields(value)}
+        kind = {"kind": value.kind} if isinstance(value, ReferenceOption) else {}
+        return kind | {f.name: _plain(getattr(value, f.name)) for f in fields(value)}
     if isinstance(value, Mapping):
         return {str(key): _plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)) and all(isinstance(item, (str, Real)) for item in value):
@@ -223,7 +237,15 @@ def _plain(value: Any) -> Any:
     return f"{_IN_MEMORY}{_describe(value)}>"
 
 
-_OPTIONS = (TrainerOptions, TextOptions, ImageOptions, GenerationOptions, LoRA, EarlyStop)
+_OPTIONS = (
+    TrainerOptions,
+    TextOptions,
+    ImageOptions,
+    GenerationOptions,
+    LoRA,
+    EarlyStop,
+    *REFERENCE_KINDS.values(),
+)
 
 
 def _describe(value: Any) -> str:
@@ -242,7 +264,7 @@ def changed_keys(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     return [path for path in _differences(old, new, "") if path not in _NOT_COMPARED]
 
 
-_NOT_COMPARED = {*_WRITTEN_BY_RUNS, "run_dir", "resume", "trainer.trackers", "trainer.push_to_hub"}
+_NOT_COMPARED = {*WRITTEN_BY_RUNS, "run_dir", "resume", "trainer.trackers", "trainer.push_to_hub"}
 
 
 def _differences(old: Any, new: Any, path: str) -> Iterator[str]:
@@ -261,34 +283,3 @@ def _leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
             yield from _leaves(item, dotted(path, key))
     else:
         yield path, value
-
-
-def json_schema() -> dict[str, Any]:
-    """The JSON schema of a configuration file, for editors. Naming the losses loads torch."""
-    from alignkit.losses import PREFERENCE_LOSSES
-
-    schema = json_object(RunConfig, _IN_FILES)
-    properties = schema["properties"]
-    method = json_object(DPO, {key: hint for key, hint in hints(DPO).items() if key != "keywords"})
-    method["properties"]["loss"]["enum"] = list(PREFERENCE_LOSSES)
-    for loss in PREFERENCE_LOSSES.values():
-        for key, default in loss.keywords.items():
-            users = ", ".join(n for n, row in PREFERENCE_LOSSES.items() if key in row.keywords)
-            about = {"description": f"option of the losses {users}"}
-            method["properties"][key] = json_type(type(default)) | about
-    method["properties"] = {"name": {"enum": list(METHODS)}} | method["properties"]
-    method["required"] = ["name"]
-    properties["method"] = {
-        "anyOf": [{"enum": list(METHODS)}, method],
-        "description": descriptions(RunConfig)["method"],
-    }
-    options = json_object(TextOptions)
-    options["properties"] = json_object(ImageOptions)["properties"] | options["properties"]
-    properties["data_options"]["anyOf"] = [options, {"type": "null"}]
-    for name in _WRITTEN_BY_RUNS:
-        properties[name] = {"description": "written by a run into its config.yaml; ignored"}
-    return {
-        "$schema": "http://json-schema.org/draft-07/schema#",
-        "title": "alignkit run",
-        **schema,
-    }

@@ -8,43 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from numbers import Real
 from types import MappingProxyType
-from typing import Any, Literal
+from typing import Literal
 
 from alignkit.errors import ConfigError
+from alignkit.ranges import list_of_names, not_negative, positive, share
 
 BadRow = Literal["error", "skip"]
 Identical = Literal["skip", "keep", "error"]
-
-
-def _positive(owner: str, **values: float | int | None) -> None:
-    for name, value in values.items():
-        if value is not None and not (_is_number(value) and value > 0):
-            raise ConfigError(f"{owner}.{name} must be a number above 0; got {value!r}.")
-
-
-def _not_negative(owner: str, **values: float | int | None) -> None:
-    for name, value in values.items():
-        if value is not None and not (_is_number(value) and value >= 0):
-            raise ConfigError(f"{owner}.{name} must be a number, at least 0; got {value!r}.")
-
-
-def _share(owner: str, **values: float) -> None:
-    for name, value in values.items():
-        if not (_is_number(value) and 0 <= value <= 1):
-            raise ConfigError(f"{owner}.{name} must be between 0 and 1; got {value!r}.")
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, Real) and not isinstance(value, bool)
-
-
-def _names(owner: str, value: Any) -> tuple[str, ...]:
-    """A tuple of strings; a bare string would fall apart into letters."""
-    if isinstance(value, str):
-        raise ConfigError(f"{owner} is a list of strings; got {value!r}. Write ({value!r},).")
-    return tuple(value)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,7 +27,7 @@ class EarlyStop:
     mode: Literal["max", "min"] = "max"
 
     def __post_init__(self) -> None:
-        _positive("EarlyStop", patience=self.patience)
+        positive("EarlyStop", patience=self.patience)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,10 +83,10 @@ class TrainerOptions:
             )
         lengths = ("max_steps", "epochs", "batch_size", "max_grad_norm", "learning_rate")
         cadences = ("log_every", "eval_every", "sample_every", "save_every", "keep_checkpoints")
-        _positive("trainer", **{name: getattr(self, name) for name in lengths + cadences})
+        positive("trainer", **{name: getattr(self, name) for name in lengths + cadences})
         if self.micro_batch != "auto":
-            _positive("trainer", micro_batch=self.micro_batch)
-        _not_negative("trainer", warmup=self.warmup, weight_decay=self.weight_decay)
+            positive("trainer", micro_batch=self.micro_batch)
+        not_negative("trainer", warmup=self.warmup, weight_decay=self.weight_decay)
         if isinstance(self.warmup, float) and self.warmup > 1:
             raise ConfigError(
                 "trainer.warmup as a float is a share of all steps, at most 1.0; got "
@@ -128,7 +99,7 @@ class TrainerOptions:
                     f"trainer.{name} chooses by an evaluation, and there is none; "
                     "set trainer.eval_every and eval_data."
                 )
-        object.__setattr__(self, "trackers", _names("trainer.trackers", self.trackers))
+        object.__setattr__(self, "trackers", list_of_names("trainer.trackers", self.trackers))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -153,7 +124,7 @@ class TextOptions:
     columns: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        _positive("data_options", max_length=self.max_length)
+        positive("data_options", max_length=self.max_length)
         object.__setattr__(self, "columns", MappingProxyType(dict(self.columns)))
 
 
@@ -179,8 +150,8 @@ class ImageOptions:
     columns: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        _positive("data_options", resolution=self.resolution)
-        _share("data_options", caption_dropout=self.caption_dropout)
+        positive("data_options", resolution=self.resolution)
+        share("data_options", caption_dropout=self.caption_dropout)
         object.__setattr__(self, "columns", MappingProxyType(dict(self.columns)))
 
 
@@ -204,8 +175,8 @@ class LoRA:
     continue_from: str | None = None
 
     def __post_init__(self) -> None:
-        _positive("adapter", rank=self.rank, alpha=self.alpha)
-        _share("adapter", dropout=self.dropout)
+        positive("adapter", rank=self.rank, alpha=self.alpha)
+        share("adapter", dropout=self.dropout)
         if not isinstance(self.targets, str):
             object.__setattr__(self, "targets", tuple(self.targets))
 
@@ -234,36 +205,6 @@ class GenerationOptions:
 
     def __post_init__(self) -> None:
         names = ("max_new_tokens", "steps", "height", "width", "top_p")
-        _positive("generation", **{name: getattr(self, name) for name in names})
-        _not_negative("generation", temperature=self.temperature, top_k=self.top_k)
-        object.__setattr__(self, "stop", _names("generation.stop", self.stop))
-
-
-@dataclass(frozen=True)
-class AdapterReference:
-    """The reference is the base model with the named adapter on."""
-
-    name: str
-
-
-@dataclass(frozen=True)
-class EMAReference:
-    """A moving average of the policy: ref <- decay ref + (1 - decay) policy."""
-
-    decay: float
-    every: int = 1
-
-
-@dataclass(frozen=True)
-class SyncedReference:
-    """TR-DPO (2404.09656): every `every` steps ref <- (1 - mix) ref + mix policy."""
-
-    every: int
-    mix: float = 1.0
-
-
-@dataclass(frozen=True)
-class PrecomputedReference:
-    """Reference log-likelihoods from a table: row id -> one value per answer."""
-
-    table: Any
+        positive("generation", **{name: getattr(self, name) for name in names})
+        not_negative("generation", temperature=self.temperature, top_k=self.top_k)
+        object.__setattr__(self, "stop", list_of_names("generation.stop", self.stop))

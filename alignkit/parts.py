@@ -15,8 +15,8 @@ from alignkit.errors import ConfigError
 from alignkit.losses import PREFERENCE_LOSSES, PairLoss
 from alignkit.methods import DPO
 from alignkit.objectives.preference import PreferenceObjective
-from alignkit.protocols import Reference, Wing
-from alignkit.reference import AdapterOff, FrozenAdapter, FrozenModel, NoReference
+from alignkit.protocols import Wing
+from alignkit.references import OtherModel, build_reference
 from alignkit.runtime import Runtime, pick_precision
 
 MODALITIES = {"text": "alignkit.text", "image": "alignkit_diffusion"}
@@ -120,54 +120,25 @@ def build_wing(config: RunConfig, modality: str, runtime: Runtime) -> Wing:
     return wing
 
 
-def reference_kind(config: RunConfig, wing: Wing, needs_reference: bool) -> str:
-    """What `reference="auto"` means here: "adapter_off", "frozen_adapter", "frozen", "none" ..."""
-    wanted = config.reference
-    if not needs_reference:
-        if wanted not in ("auto", "none"):
+def _other_model(config: RunConfig, wing: Wing, runtime: Runtime) -> OtherModel:
+    """Loads a model of the policy's modality to compare with."""
+
+    def load(policy: Any) -> Wing:
+        if modality_of(policy) != wing.modality:
             raise ConfigError(
-                f"This loss has no reference, and reference={wanted!r} asks for one. Leave it out."
+                f"The reference must be of the policy's modality ({wing.modality}); got {policy!r}."
             )
-        return "none"
-    if wanted == "none":
-        raise ConfigError('This loss needs a reference; reference="none" leaves it without.')
-    if wanted == "adapter_off" and wing.adapter == "none":
-        raise ConfigError(
-            'reference="adapter_off" needs an adapter on the policy, and there is none. Give '
-            'adapter=LoRA(...), or reference="frozen".'
+        other: Wing = import_module(MODALITIES[wing.modality]).build(
+            policy,
+            adapter=None,
+            device=runtime.device,
+            precision=pick_precision(config.trainer.precision),
+            gradient_checkpointing=False,
+            seed=config.seed,
         )
-    if wanted not in ("auto", "frozen", "adapter_off"):
-        return "model"
-    if wanted == "adapter_off" or (wanted == "auto" and wing.adapter == "fresh"):
-        return "adapter_off"
-    # A continued adapter is the start: only its own tensors need a copy.
-    return "frozen_adapter" if wing.adapter == "continued" else "frozen"
+        return other
 
-
-def build_reference(kind: str, config: RunConfig, wing: Wing, runtime: Runtime) -> Reference:
-    """A snapshot of the model handed in; taken before anything is wrapped or trained."""
-    if kind == "none":
-        return NoReference()
-    if kind == "adapter_off":
-        return AdapterOff(wing.backend, wing.adapters_off)
-    if kind == "frozen_adapter":
-        return FrozenAdapter(wing.backend)
-    if kind == "frozen":
-        return FrozenModel.copy_of(wing.backend.module)
-    if modality_of(config.reference) != wing.modality:
-        raise ConfigError(
-            f"The reference must be of the policy's modality ({wing.modality}); got "
-            f"{config.reference!r}."
-        )
-    other: Wing = import_module(MODALITIES[wing.modality]).build(
-        config.reference,
-        adapter=None,
-        device=runtime.device,
-        precision=pick_precision(config.trainer.precision),
-        gradient_checkpointing=False,
-        seed=config.seed,
-    )
-    return FrozenModel(other.backend.module)
+    return load
 
 
 def loss_of(method: DPO, modality: str) -> tuple[Callable[..., Any], float, PairLoss | None]:
@@ -190,10 +161,12 @@ def build_objective(
 ) -> tuple[PreferenceObjective, dict[str, Any]]:
     """The objective, and the numbers that were filled in."""
     loss, beta, row = loss_of(config.method, wing.modality)
-    kind = reference_kind(config, wing, row.needs_reference if row else True)
+    needs_reference = row.needs_reference if row else True
+    other_model = _other_model(config, wing, runtime)
+    kind, reference = build_reference(config, wing, needs_reference, other_model)
     objective = PreferenceObjective(
         wing.backend,
-        build_reference(kind, config, wing, runtime),
+        reference,
         loss,
         beta=beta,
         seed=config.seed,

@@ -231,6 +231,18 @@ class Wing(Protocol):
         """A context in which the policy computes as if it had no adapter."""
         ...
 
+    def adapter_on(self, name: str) -> AbstractContextManager[None]:
+        """A context in which the policy computes with another of its adapters.
+
+        Raises:
+            ConfigError: the policy carries no adapter of this name.
+        """
+        ...
+
+    def trained_adapters(self) -> list[str]:
+        """Names of the adapters that are trained."""
+        ...
+
     def examples(self, data: Any, options: Any, *, kind: str, seed: int) -> Examples:
         """Read, check and prepare rows.
 

@@ -1,4 +1,4 @@
-"""The frozen comparison, in its several forms.
+"""The comparison, in its several forms: frozen, switched, moving, or computed before.
 
 Every one is a snapshot of the model handed in, taken when training starts; none is ever reloaded
 from the model's name. Dropout plays no part: wings evaluate with it off.
@@ -7,7 +7,7 @@ from the model's name. Dropout plays no part: wings evaluate with it off.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from alignkit.batches import Batch, Likelihood
+from alignkit.errors import DataError
 from alignkit.protocols import Backend, Draw
 
 
@@ -65,22 +66,23 @@ class FrozenModel(_Stateless):
         return self.module(batch, draw, want)
 
 
-class AdapterOff(_Stateless):
-    """The policy with its adapter switched off: the base model, at no memory of its own.
+class SwitchedAdapter(_Stateless):
+    """The policy with its adapter switched off, or with a named one on in its place: no memory of
+    its own.
 
     Args:
         backend: the policy's backend.
-        adapters_off: a context in which the policy computes without its adapter.
+        switched: a context in which the policy computes as the reference.
     """
 
     def __init__(
-        self, backend: Backend, adapters_off: Callable[[], AbstractContextManager[None]]
+        self, backend: Backend, switched: Callable[[], AbstractContextManager[None]]
     ) -> None:
         self.backend = backend
-        self.adapters_off = adapters_off
+        self.switched = switched
 
     def log_likelihood(self, batch: Batch, draw: Draw, want: frozenset[str]) -> Likelihood:
-        with self.adapters_off():
+        with self.switched():
             return self.backend.module(batch, draw, want)
 
 
@@ -94,14 +96,18 @@ class FrozenAdapter(_Stateless):
 
     def __init__(self, backend: Backend) -> None:
         self.backend = backend
-        self.parameters: list[Tensor] = []
-        self.snapshot: list[Tensor] = []
+        self.parameters: dict[str, Tensor] = {}
+        self.snapshot: dict[str, Tensor] = {}
 
     def prepare(self, runtime: Any) -> None:
         # After placement and before the first step, so that sharded parameters give their own
         # shards.
-        self.parameters = [p for p in self.backend.module.parameters() if p.requires_grad]
-        self.snapshot = [own.clone() for own in self._own()]
+        self.parameters = {
+            name.removeprefix("module."): parameter
+            for name, parameter in self.backend.module.named_parameters()
+            if parameter.requires_grad
+        }
+        self.snapshot = {name: p.detach().clone() for name, p in self.parameters.items()}
 
     def log_likelihood(self, batch: Batch, draw: Draw, want: frozenset[str]) -> Likelihood:
         with self._exchanged():
@@ -109,20 +115,97 @@ class FrozenAdapter(_Stateless):
 
     @contextmanager
     def _exchanged(self) -> Iterator[None]:
-        trained = [own.clone() for own in self._own()]
-        self._put(self.snapshot)
+        self._exchange()
         try:
             yield
         finally:
-            self._put(trained)
+            self._exchange()
 
-    def _own(self) -> list[Tensor]:
-        """The trained tensors, or this process's shards of them."""
-        held = [p.detach() for p in self.parameters]
-        return [p.to_local() if isinstance(p, DTensor) else p for p in held]
-
-    def _put(self, values: list[Tensor]) -> None:
-        torch._foreach_copy_(self._own(), values)
+    def _exchange(self) -> None:
+        """Swap the values of policy and snapshot, tensor by tensor: no third copy of a model."""
+        for own, kept in zip(_local(self.parameters), _local(self.snapshot), strict=True):
+            trained = own.clone()
+            own.copy_(kept)
+            kept.copy_(trained)
         # FSDP2 keeps its root whole after a forward, and would go on computing with that copy.
         if hasattr(self.backend.module, "reshard"):
             self.backend.module.reshard()  # type: ignore[operator]
+
+
+def _local(tensors: Mapping[str, Tensor]) -> list[Tensor]:
+    """The tensors, or this process's shards of them."""
+    held = [tensor.detach() for tensor in tensors.values()]
+    return [t.to_local() if isinstance(t, DTensor) else t for t in held]
+
+
+class MovingReference(FrozenAdapter):
+    """A copy of the trained parameters that follows the policy.
+
+        every `every` optimizer steps:  reference <- (1 - mix) reference + mix policy
+
+    TR-DPO, Gorbatovski et al. 2024 (2404.09656) Eq. 5 and 6: soft with mix < 1, hard with mix = 1.
+    An exponential moving average is every = 1, mix = 1 - decay. With an adapter only its tensors
+    are averaged, factor by factor.
+
+    Args:
+        backend: the policy's backend.
+        every: optimizer steps between two moves.
+        mix: share of the policy in a move, in (0, 1].
+    """
+
+    def __init__(self, backend: Backend, *, every: int, mix: float) -> None:
+        super().__init__(backend)
+        self.every = every
+        self.mix = mix
+        self.runtime: Any = None
+
+    def prepare(self, runtime: Any) -> None:
+        super().prepare(runtime)
+        self.runtime = runtime
+
+    @torch.no_grad()
+    def update(self, step: int) -> None:
+        if step % self.every == 0:
+            torch._foreach_lerp_(_local(self.snapshot), _local(self.parameters), self.mix)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {name: self.runtime.whole(value) for name, value in self.snapshot.items()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        assert set(state) == set(self.snapshot), sorted(set(state) ^ set(self.snapshot))
+        for name, value in self.snapshot.items():
+            value.copy_(self.runtime.like(state[name], value))
+
+
+class TableReference(_Stateless):
+    """Log-likelihoods that were computed before: no model, and no forward.
+
+    Args:
+        table: row id -> the reference's log-likelihood of each answer of that row, in the order of
+            the row's answers (chosen, then rejected).
+    """
+
+    def __init__(self, table: Mapping[int, Sequence[float]]) -> None:
+        self.table = table
+
+    def log_likelihood(self, batch: Batch, draw: Draw, want: frozenset[str]) -> Likelihood:
+        assert not want, f"a table holds totals only; asked for {sorted(want)}"
+        sizes = torch.bincount(batch.group, minlength=batch.num_groups).tolist()
+        values = [
+            value
+            for row, size in zip(batch.row_id.tolist(), sizes, strict=True)
+            for value in self._values(row, size)
+        ]
+        total = torch.tensor(values, dtype=torch.float32)
+        return Likelihood(total, torch.ones_like(total))
+
+    def _values(self, row: int, size: int) -> Sequence[float]:
+        values = self.table.get(row)
+        if values is None or len(values) != size:
+            found = "nothing" if values is None else f"{len(values)} values"
+            raise DataError(
+                "A table of reference log-likelihoods has one value per answer of every row; row "
+                f"{row} has {size} answers, and the table has {found} for it. Compute the table "
+                "from the same data and data_options."
+            )
+        return values

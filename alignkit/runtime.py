@@ -116,6 +116,13 @@ class Runtime:
         gathered = tensor.full_tensor()
         return gathered.cpu() if self.is_main else gathered.new_empty(0)
 
+    def like(self, value: Tensor, target: Tensor) -> Tensor:
+        """A tensor that was saved, placed, cast and sharded as `target`."""
+        value = value.to(device=target.device, dtype=target.dtype)
+        if isinstance(target, DTensor):
+            return distribute_tensor(value, target.device_mesh, target.placements)
+        return value
+
     def barrier(self) -> None:
         if self.size > 1:
             dist.barrier(group=self._host_group)
@@ -191,14 +198,6 @@ def _shard(module: nn.Module, mesh: Any, reshard_root: bool | None = None) -> nn
         fully_shard(unit, mesh=mesh)
     fully_shard(module, mesh=mesh, reshard_after_forward=reshard_root)
     return module
-
-
-def like(value: Tensor, target: Tensor) -> Tensor:
-    """`value` placed, cast and sharded as `target`."""
-    value = value.to(device=target.device, dtype=target.dtype)
-    if isinstance(target, DTensor):
-        return distribute_tensor(value, target.device_mesh, target.placements)
-    return value
 
 
 def pick_precision(wanted: str) -> str:

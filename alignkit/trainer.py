@@ -20,7 +20,7 @@ from alignkit.errors import CheckpointError, ConfigError, DataError, NonFiniteEr
 from alignkit.optim import learning_rate_at, make_optimizer
 from alignkit.options import TrainerOptions
 from alignkit.protocols import BatchSource, Objective
-from alignkit.runtime import Runtime, like
+from alignkit.runtime import Runtime
 
 
 @final
@@ -262,7 +262,7 @@ class Trainer:
             )
         with torch.no_grad():
             for name, parameter in self.parameters.items():
-                parameter.copy_(like(saved[name], parameter))
+                parameter.copy_(self.runtime.like(saved[name], parameter))
         self._load_optimizer(state["optimizer"])
         self.step = state["step"]
         self.skipped_steps = state["skipped_steps"]
@@ -281,17 +281,16 @@ class Trainer:
             if not saved[name]:
                 continue
             self.optimizer.state[parameter] = {
-                key: _place(value, parameter) for key, value in saved[name].items()
+                key: self._place(value, parameter) for key, value in saved[name].items()
             }
 
-
-def _place(value: Any, parameter: nn.Parameter) -> Any:
-    """An optimizer's tensor as its parameter is placed; its step counter stays whole."""
-    if not isinstance(value, Tensor):
-        return value
-    if value.shape == parameter.shape and value.is_floating_point():
-        return like(value, parameter.detach()).to(value.dtype)
-    return value.to(parameter.device)
+    def _place(self, value: Any, parameter: nn.Parameter) -> Any:
+        """An optimizer's tensor as its parameter is placed; its step counter stays whole."""
+        if not isinstance(value, Tensor):
+            return value
+        if value.shape == parameter.shape and value.is_floating_point():
+            return self.runtime.like(value, parameter.detach()).to(value.dtype)
+        return value.to(parameter.device)
 
 
 def _some(items: list[Any], limit: int = 16) -> str:

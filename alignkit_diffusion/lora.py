@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from alignkit.adapters import lora_config
+from alignkit.adapters import active_adapters, lora_config
 from alignkit.errors import ConfigError, nearest
 from alignkit.options import LoRA
 
@@ -179,24 +179,29 @@ def _continue_peft(unet: Any, path: Path) -> None:
 
 
 def adapter_name(unet: Any) -> str | None:
-    """The one adapter that a UNet carries, or None.
+    """The adapter that a UNet computes with, or None; others may lie beside it, switched off.
 
     Raises:
-        ConfigError: it carries several.
+        ConfigError: it computes with several, or has several and computes with none.
     """
-    names = list(getattr(unet, "peft_config", None) or {})
-    if len(names) > 1:
+    if not getattr(unet, "peft_config", None):
+        return None
+    active = active_adapters(unet)
+    if len(active) != 1:
         raise ConfigError(
-            f"The UNet must carry at most one adapter; it has {', '.join(names)}. Fuse them "
-            "first: pipe.fuse_lora(); pipe.unload_lora_weights()."
+            "The UNet must compute with one adapter; it has "
+            f"{', '.join(unet.peft_config)}, and active are {', '.join(active) or 'none'}. Choose "
+            "one with pipe.set_adapters(name), or fuse them first: pipe.fuse_lora(); "
+            "pipe.unload_lora_weights()."
         )
-    return names[0] if names else None
+    return active[0]
 
 
 def train_only_adapter(unet: nn.Module) -> None:
-    """Freeze the base and make the adapter trainable, in float32."""
+    """Freeze all but the active adapter and make that one trainable, in float32."""
+    own = f".{adapter_name(unet)}"
     for name, parameter in unet.named_parameters():
-        trains = ".lora_" in name
+        trains = ".lora_" in name and own in name.partition(".lora_")[2]
         if trains:
             parameter.data = parameter.data.float()
         parameter.requires_grad_(trains)

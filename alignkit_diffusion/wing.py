@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from alignkit.adapters import adapters_off
+from alignkit.adapters import active_adapters, adapter_on, adapters_off
 from alignkit.errors import ConfigError
 from alignkit.options import GenerationOptions, ImageOptions, LoRA
 from alignkit_diffusion import lora
@@ -142,6 +142,14 @@ class ImageWing:
     def adapters_off(self) -> AbstractContextManager[None]:
         """A context in which the UNet computes without its adapter; for no-grad forwards."""
         return adapters_off(self.policy.unet)
+
+    def adapter_on(self, name: str) -> AbstractContextManager[None]:
+        """A context in which the UNet computes with another adapter; for no-grad forwards."""
+        return adapter_on(self.policy.unet, name)
+
+    def trained_adapters(self) -> list[str]:
+        """The adapter that is trained, if there is one."""
+        return active_adapters(self.policy.unet)
 
     def examples(
         self, data: Any, options: ImageOptions | None, *, kind: str, seed: int

@@ -13,11 +13,12 @@ from typer.testing import CliRunner
 import alignkit
 from alignkit.cite import citations
 from alignkit.cli import app
-from alignkit.config import check, from_file, from_mapping, json_schema
+from alignkit.config import check, from_file, from_mapping
 from alignkit.errors import ConfigError, DataError
 from alignkit.losses import PREFERENCE_LOSSES
 from alignkit.methods import METHODS
 from alignkit.options import GenerationOptions
+from alignkit.run_schema import json_schema
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))

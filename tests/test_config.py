@@ -13,7 +13,6 @@ from alignkit.config import (
     check,
     from_file,
     from_mapping,
-    json_schema,
     override,
     resolve_data_options,
     to_mapping,
@@ -22,17 +21,20 @@ from alignkit.errors import ConfigError
 from alignkit.losses import PREFERENCE_LOSSES
 from alignkit.methods import DPO
 from alignkit.options import (
-    AdapterReference,
     EarlyStop,
-    EMAReference,
     GenerationOptions,
     ImageOptions,
     LoRA,
-    PrecomputedReference,
-    SyncedReference,
     TextOptions,
     TrainerOptions,
 )
+from alignkit.reference_options import (
+    AdapterReference,
+    EMAReference,
+    PrecomputedReference,
+    SyncedReference,
+)
+from alignkit.run_schema import json_schema
 
 MINIMAL = {"policy": "some/model", "method": "dpo", "data": "pairs.jsonl"}
 FULL = """
@@ -160,7 +162,13 @@ def test_a_number_as_text_is_a_number_where_one_is_expected():
         ({"policy": None}, r"policy must be given; add a line `policy: \.\.\.`"),
         ({"data": [{"prompt": "x"}]}, r"data must be text; got \[\{'prompt': 'x'\}\] \(list\)"),
         ({"recipe": "instructgpt"}, r"recipe is not supported; got 'instructgpt'"),
-        ({"reference": {"ema": 0.9}}, r"reference must be text; got"),
+        ({"reference": {"ema": 0.9}}, r"reference as a mapping has a kind, such as"),
+        ({"reference": {"kind": "emma"}}, r"Unknown reference\.kind 'emma'\. Did you mean 'ema'"),
+        ({"reference": {"kind": "ema"}}, r"reference\.decay must be given"),
+        ({"reference": {"kind": "ema", "decay": 1}}, r"reference\.decay must be below 1"),
+        ({"reference": {"kind": "synced", "every": 2, "mix": 0}}, r"reference\.mix must be a numb"),
+        ({"reference": {"kind": "synced", "every": 2, "mix": 2}}, r"reference\.mix must be betw"),
+        ({"reference": {"kind": "precomputed", "table": 3}}, r"reference\.table is a mapping fr"),
     ],
 )
 def test_what_cannot_be_read_is_refused_by_its_path(changes, message):
@@ -274,6 +282,22 @@ def test_a_written_configuration_reads_back_to_the_same_run(tmp_path):
     json.dumps(to_mapping(config), allow_nan=False)
 
 
+@pytest.mark.parametrize(
+    "reference",
+    [
+        AdapterReference("other"),
+        EMAReference(0.99, every=2),
+        SyncedReference(5, mix=0.5),
+        PrecomputedReference("table.jsonl"),
+    ],
+)
+def test_references_with_options_read_back(reference):
+    config = run(reference=reference)
+    mapping = to_mapping(config)
+    assert mapping["reference"]["kind"] == reference.kind
+    assert from_mapping(yaml.safe_load(yaml.safe_dump(mapping))) == config
+
+
 def test_every_field_is_written_defaults_included():
     mapping = to_mapping(run(adapter=LoRA(), data_options=TextOptions()))
     assert mapping["trainer"] == {**asdict(TrainerOptions()), "trackers": []}
@@ -291,6 +315,13 @@ def test_what_a_run_adds_to_its_file_is_ignored():
 
 class FakeModel:
     pass
+
+
+class Adapted:
+    """A model with adapters of these names."""
+
+    def __init__(self, *names):
+        self.peft_config = dict.fromkeys(names)
 
 
 def my_loss(scores, *, beta):
@@ -438,11 +469,34 @@ NOT_SCALE_FREE = replace(SIGMOID, name="fixed", scale_free=False)
             "has none; got adapter=None",
         ),
         ({"reference": "frozn"}, None, r"Unknown reference 'frozn'\. Did you mean 'frozen'\?"),
-        ({"reference": EMAReference(0.9)}, None, r"reference must be 'auto', 'frozen', 'adapter_"),
-        ({"reference": SyncedReference(5)}, None, "reference must be 'auto'"),
-        ({"reference": AdapterReference("x")}, None, "reference must be 'auto'"),
-        ({"reference": PrecomputedReference({})}, None, "reference must be 'auto'"),
-        ({"reference": None}, None, "reference must be 'auto'"),
+        ({"reference": None}, None, r"reference must be 'auto', .*one of AdapterReference"),
+        ({"reference": AdapterReference("x")}, None, "the policy carries none"),
+        (
+            {"reference": AdapterReference("x"), "policy": (Adapted("default", "y"), 0)},
+            None,
+            r"Unknown adapter of the policy 'x'\. .*Known: default, y",
+        ),
+        (
+            {
+                "reference": AdapterReference("x"),
+                "policy": (Adapted("default", "x"), 0),
+                "adapter": LoRA(),
+            },
+            None,
+            "carries default, x, and a new one is asked for",
+        ),
+        ({"reference": PrecomputedReference({})}, "image", "for text policies: an image's"),
+        (
+            {"reference": PrecomputedReference({}), "eval_data": "x.jsonl"},
+            "text",
+            "those of eval_data would be taken for them",
+        ),
+        (
+            {"reference": PrecomputedReference("no/file.jsonl")},
+            "text",
+            r"reference\.table must be a file that exists; got 'no/file\.jsonl'",
+        ),
+        ({"reference": EMAReference(0.9, every=1.5)}, None, r"reference\.every must be a whole"),
         ({"data_options": TextOptions()}, "image", "must be ImageOptions; got TextOptions"),
         ({"data_options": TextOptions(packing="varlen")}, None, "'varlen' is not available"),
         ({"data_options": {"packing": "prefix"}}, None, r"available: 'auto', 'bucket', 'none'"),

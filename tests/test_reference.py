@@ -12,7 +12,7 @@ from alignkit import DPO, LoRA, TrainerOptions, build
 from alignkit.losses import PREFERENCE_LOSSES
 from alignkit.objectives.preference import PreferenceObjective
 from alignkit.options import TextOptions
-from alignkit.reference import AdapterOff, FrozenAdapter, FrozenModel, NoReference
+from alignkit.reference import FrozenAdapter, FrozenModel, NoReference, SwitchedAdapter
 from alignkit.runtime import Runtime
 from alignkit.text.wing import build as build_text
 from tests.builders import (
@@ -48,7 +48,7 @@ def test_adapter_off_is_the_frozen_copy_bitwise(architecture) -> None:
     wing = text_wing(architecture, LoRA(rank=4))
     batch = make_batch(wing)
     frozen = FrozenModel.copy_of(wing.backend.module)
-    off = AdapterOff(wing.backend, wing.adapters_off)
+    off = SwitchedAdapter(wing.backend, wing.adapters_off)
     start = totals(frozen, batch)
     assert torch.equal(totals(off, batch), start)
     move(wing.backend.module)
@@ -60,7 +60,7 @@ def test_adapter_off_is_the_frozen_copy_bitwise(architecture) -> None:
 @pytest.mark.parametrize(
     ("adapter", "reference", "kind"),
     [
-        (LoRA(rank=4), "auto", AdapterOff),
+        (LoRA(rank=4), "auto", SwitchedAdapter),
         (LoRA(rank=4), "frozen", FrozenModel),
         (None, "auto", FrozenModel),
     ],
@@ -188,7 +188,7 @@ def test_gradient_checkpointing_changes_no_gradient(architecture, kind) -> None:
             gradient_checkpointing=checkpointing,
         )
         reference: Any = {
-            "adapter off": AdapterOff(wing.backend, wing.adapters_off),
+            "adapter off": SwitchedAdapter(wing.backend, wing.adapters_off),
             "frozen adapter": FrozenAdapter(wing.backend),
             "full": FrozenModel.copy_of(wing.backend.module),
         }[kind]

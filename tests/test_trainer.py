@@ -17,7 +17,7 @@ from alignkit.losses import PREFERENCE_LOSSES, PairScores
 from alignkit.objectives.preference import PreferenceObjective
 from alignkit.options import TextOptions
 from alignkit.protocols import Trainable
-from alignkit.reference import AdapterOff, FrozenModel
+from alignkit.reference import FrozenModel, SwitchedAdapter
 from tests.builders import (
     Table,
     move,
@@ -286,7 +286,7 @@ def test_a_step_reads_the_device_once_and_a_logged_one_twice(monkeypatch, wing) 
         examples = text.examples(token_rows(8), TextOptions(), kind="pairs", seed=0)
         objective = PreferenceObjective(
             text.backend,
-            AdapterOff(text.backend, text.adapters_off),
+            SwitchedAdapter(text.backend, text.adapters_off),
             PREFERENCE_LOSSES["sigmoid"],
             beta=0.1,
             budget=2,

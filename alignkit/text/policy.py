@@ -43,6 +43,9 @@ def load(policy: Any, *, dtype: torch.dtype) -> tuple[Any, Any]:
             from peft import AutoPeftModelForCausalLM
 
             model = AutoPeftModelForCausalLM.from_pretrained(name, is_trainable=True, **options)
+            # As peft saves them: further adapters in sub-folders of their names, here switched off.
+            for file in sorted(Path(name).glob("*/adapter_config.json")):
+                model.load_adapter(str(file.parent), adapter_name=file.parent.name)
         else:
             model = AutoModelForCausalLM.from_pretrained(name, **options)
         tokenizer = AutoTokenizer.from_pretrained(name)

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from alignkit.adapters import adapters_off
+from alignkit.adapters import active_adapters, adapter_on, adapters_off
 from alignkit.errors import ConfigError
 from alignkit.memory import align_memory
 from alignkit.options import GenerationOptions, LoRA, TextOptions
@@ -99,6 +99,12 @@ class TextWing:
 
     def adapters_off(self) -> AbstractContextManager[None]:
         return adapters_off(self.policy)
+
+    def adapter_on(self, name: str) -> AbstractContextManager[None]:
+        return adapter_on(self.policy, name)
+
+    def trained_adapters(self) -> list[str]:
+        return active_adapters(self.policy)
 
     def examples(self, data: Any, options: TextOptions, *, kind: str, seed: int) -> TextPairs:
         if kind != "pairs":

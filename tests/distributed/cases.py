@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from alignkit import DPO, GenerationOptions, LoRA, TrainerOptions
+from alignkit import DPO, EMAReference, GenerationOptions, LoRA, TrainerOptions
 from alignkit.api import build
 from alignkit.run import Run
 from tests.builders import pair_rows, tiny_lm, tiny_tokenizer
@@ -72,6 +72,11 @@ def _plain(**changed: Any) -> Callable[[], dict[str, Any]]:
     return lambda: {"data": pair_rows(16), "trainer": trainer(**changed)}
 
 
+def _moving(**changed: Any) -> Callable[[], dict[str, Any]]:
+    """With a reference that has a state to save."""
+    return lambda: _plain(**changed)() | {"reference": EMAReference(0.5)}
+
+
 def _evaluated() -> dict[str, Any]:
     return {
         "data": weighted_rows(16),
@@ -115,12 +120,12 @@ CASES: Mapping[str, Case] = {
     "full": Case(_text("llama"), _evaluated),
     "tied": Case(_text("qwen2"), _plain(micro_batch="auto")),
     "lora": Case(_text("qwen2"), _lora()),
-    "interrupted": Case(_text("llama"), _plain(save_every=2, log_every=4)),
+    "interrupted": Case(_text("llama"), _moving(save_every=2, log_every=4)),
     "sharded_full": Case(_text("llama"), _plain(sharding="fsdp2")),
     "sharded_tied": Case(_text("qwen2"), _plain(sharding="fsdp2", micro_batch="auto")),
     "sharded_lora": Case(_text("llama"), _lora(sharding="fsdp2")),
     "sharded_continued": Case(_continued, _plain(sharding="fsdp2")),
-    "sharded_interrupted": Case(_text("llama"), _plain(sharding="fsdp2", save_every=2)),
+    "sharded_interrupted": Case(_text("llama"), _moving(sharding="fsdp2", save_every=2)),
     "sharded_checkpointed": Case(
         _text("llama"), _plain(sharding="fsdp2", gradient_checkpointing=True)
     ),

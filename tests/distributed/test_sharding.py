@@ -31,6 +31,7 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in NAMES:
         play(name, root / name, alone=True)
     play("sharded_interrupted", root / "left", alone=True, stop_after=2)
+    play("sharded_interrupted", root / "whole", alone=True)
     return root
 
 
@@ -103,7 +104,7 @@ def test_one_process_cannot_shard() -> None:
 def test_the_checkpoint_of_two_goes_on_with_one(world: Path, alone: Path, tmp_path: Path) -> None:
     left = world / "left" / "run" / "checkpoints" / "step-000002"
     play("sharded_interrupted", tmp_path, alone=True, resume=str(left))
-    mine, theirs = Played.read(tmp_path), Played.read(alone / "sharded_full")
+    mine, theirs = Played.read(tmp_path), Played.read(alone / "whole")
     assert [line["step"] for line in mine.history] == [3, 4]
     assert mine.history[-1]["loss"] == pytest.approx(theirs.history[-1]["loss"], abs=1e-5)
     assert distance(mine.weights, theirs.weights) <= 1e-5
@@ -111,7 +112,7 @@ def test_the_checkpoint_of_two_goes_on_with_one(world: Path, alone: Path, tmp_pa
 
 def test_the_checkpoint_of_one_goes_on_with_two(world: Path, alone: Path) -> None:
     assert_replicas(world / "continued")
-    mine, theirs = Played.read(world / "continued"), Played.read(alone / "sharded_full")
+    mine, theirs = Played.read(world / "continued"), Played.read(alone / "whole")
     assert [line["step"] for line in mine.history] == [3, 4]
     assert mine.history[-1]["loss"] == pytest.approx(theirs.history[-1]["loss"], abs=1e-5)
     assert distance(mine.weights, theirs.weights) <= 1e-5

@@ -14,7 +14,7 @@ from alignkit.batches import Batch
 from alignkit.losses import PREFERENCE_LOSSES
 from alignkit.objectives.preference import PreferenceObjective
 from alignkit.options import LoRA, TextOptions
-from alignkit.reference import AdapterOff, FrozenModel
+from alignkit.reference import FrozenModel, SwitchedAdapter
 from tests.builders import loss_and_gradients, move, text_wing, token_rows
 
 BETA = 0.1
@@ -31,7 +31,7 @@ def objective(request: Any) -> PreferenceObjective:
     adapter = LoRA(rank=4) if kind.startswith("lora") else None
     wing = text_wing(architecture, adapter, dropout=ARCHITECTURES[architecture])
     reference: Any = (
-        AdapterOff(wing.backend, wing.adapters_off)
+        SwitchedAdapter(wing.backend, wing.adapters_off)
         if kind.endswith("off")
         else FrozenModel.copy_of(wing.backend.module)
     )

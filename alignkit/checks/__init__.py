@@ -5,37 +5,22 @@ An option is honoured or refused, never ignored.
 
 from __future__ import annotations
 
-import difflib
-import inspect
 from collections.abc import Mapping
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from alignkit.errors import ConfigError, refuse_unknown
+from alignkit.checks.method import check_method
+from alignkit.checks.reference import check_reference
+from alignkit.errors import ConfigError
 from alignkit.methods import METHODS
-from alignkit.options import (
-    AdapterReference,
-    EMAReference,
-    GenerationOptions,
-    ImageOptions,
-    PrecomputedReference,
-    SyncedReference,
-    TextOptions,
-)
-from alignkit.schema import build, hints, refuse_unknown_keys, require, validate
+from alignkit.options import GenerationOptions, ImageOptions, TextOptions
+from alignkit.schema import build, hints, refuse_unknown_keys, validate
 
 if TYPE_CHECKING:
     from alignkit.config import RunConfig
 
-REFERENCES = ("auto", "frozen", "adapter_off", "none")
-_UNSUPPORTED_REFERENCES = (
-    AdapterReference,
-    EMAReference,
-    SyncedReference,
-    PrecomputedReference,
-)
 _PACKINGS = ("auto", "bucket", "none")
 _OPTIONS_OF: Mapping[str, type[TextOptions] | type[ImageOptions]] = {
     "text": TextOptions,
@@ -61,8 +46,8 @@ def check(config: RunConfig, modality: str | None = None) -> None:
     for name in ("policy", "data"):
         if getattr(config, name) is None:
             raise ConfigError(f"{name} must be given; got None.")
-    _check_method(config, modality)
-    _check_reference(config)
+    check_method(config, modality)
+    check_reference(config, modality)
     _check_adapter(config)
     _check_data_options(config, modality)
     _check_generation(config, modality)
@@ -106,89 +91,6 @@ def resolve_data_options(
             f"got {type(given).__name__}. Write data_options={cls.__name__}(...)."
         )
     return given
-
-
-def _check_method(config: RunConfig, modality: str | None) -> None:
-    method = config.method
-    for name in ("reward", "judge"):
-        if not method.online and getattr(config, name) is not None:
-            raise ConfigError(
-                f"{name} is used by online methods, which score answers as they sample them; "
-                f"{type(method).__name__} learns from the preferences in data. Leave {name} out."
-            )
-    loss: Any = method.loss
-    if isinstance(loss, str):
-        from alignkit.losses import PREFERENCE_LOSSES
-
-        refuse_unknown("loss", loss, PREFERENCE_LOSSES)
-        loss = PREFERENCE_LOSSES[loss]
-    if hasattr(loss, "check_keywords"):
-        _check_table_loss(loss, method.keywords)
-    else:
-        try:
-            inspect.signature(loss).bind(None, beta=1.0, **method.keywords)
-        except TypeError as error:
-            given = ", ".join(["scores", "beta=...", *(f"{key}=..." for key in method.keywords)])
-            raise ConfigError(
-                f"method.loss is called as loss({given}), which its signature does not allow: "
-                f"{error}."
-            ) from None
-    if modality == "image" and not getattr(loss, "scale_free", True):
-        raise ConfigError(
-            f"Loss {loss.name!r} is not a function of beta * log_ratio alone, so it means nothing "
-            "for the log-ratios of images, which are about 1e-4. Take a loss such as 'sigmoid'."
-        )
-    needs_reference = getattr(loss, "needs_reference", None)
-    if needs_reference is True and config.reference == "none":
-        raise ConfigError(
-            f"Loss {loss.name!r} compares the policy with a reference; got reference='none'. "
-            "Write reference='auto'."
-        )
-    if needs_reference is False and config.reference not in ("auto", "none"):
-        raise ConfigError(
-            f"Loss {loss.name!r} uses no reference; got reference={config.reference!r}. "
-            "Leave reference out."
-        )
-
-
-def _check_table_loss(loss: Any, keywords: Mapping[str, Any]) -> None:
-    """Names, types and ranges of a loss's own options; ranges by evaluating it on one pair."""
-    import torch
-
-    from alignkit.losses import PairScores
-
-    loss.check_keywords(keywords)
-    for key, value in keywords.items():
-        require(type(loss.keywords[key]), value, f"method.{key}")
-    zero, one = torch.zeros(1), torch.ones(1)
-    probe = PairScores(zero, zero, zero, zero, chosen_length=one, rejected_length=one)
-    loss(probe, beta=1.0, **keywords)
-
-
-def _check_reference(config: RunConfig) -> None:
-    reference = config.reference
-    if reference is None or isinstance(reference, _UNSUPPORTED_REFERENCES):
-        raise ConfigError(
-            f"reference must be {', '.join(map(repr, REFERENCES))}, or a model (an object, a "
-            f"folder or a hub name); got {reference!r}."
-        )
-    if isinstance(reference, str) and "/" not in reference and not Path(reference).exists():
-        meant = difflib.get_close_matches(reference, REFERENCES, n=1, cutoff=0.7)
-        if meant and reference not in REFERENCES:
-            refuse_unknown("reference", reference, REFERENCES)
-    if reference == "adapter_off" and config.adapter is None and not _has_adapter(config.policy):
-        raise ConfigError(
-            "reference='adapter_off' compares the policy with itself without its adapter, and it "
-            "has none; got adapter=None. Add an adapter, adapter=LoRA(), or write "
-            "reference='frozen'."
-        )
-
-
-def _has_adapter(policy: Any) -> bool:
-    if isinstance(policy, (str, Path)):
-        return (Path(policy) / "adapter_config.json").is_file()
-    model = policy[0] if isinstance(policy, tuple) else getattr(policy, "unet", policy)
-    return bool(getattr(model, "peft_config", None))
 
 
 def _check_adapter(config: RunConfig) -> None:

@@ -1,0 +1,97 @@
+"""The references that are options of their own; the named ones are plain strings."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, ClassVar
+
+from alignkit.errors import ConfigError
+from alignkit.ranges import positive, share
+
+
+@dataclass(frozen=True)
+class AdapterReference:
+    """The reference is the base model with another adapter of the policy on.
+
+    Attributes:
+        name: of an adapter that the policy carries beside the trained one: of a PeftModel or
+            pipeline in hand, or a sub-folder of an adapter folder, as peft saves them.
+    """
+
+    kind: ClassVar[str] = "adapter"
+    name: str
+
+
+@dataclass(frozen=True)
+class EMAReference:
+    """A moving average of the policy: reference <- decay reference + (1 - decay) policy.
+
+    Attributes:
+        decay: in [0, 1).
+        every: optimizer steps between two updates.
+    """
+
+    kind: ClassVar[str] = "ema"
+    decay: float
+    every: int = 1
+
+    def __post_init__(self) -> None:
+        share("reference", decay=self.decay)
+        positive("reference", every=self.every)
+        if self.decay == 1:
+            raise ConfigError(
+                "reference.decay must be below 1; with 1 the reference never moves, which is "
+                'reference="frozen".'
+            )
+
+
+@dataclass(frozen=True)
+class SyncedReference:
+    """TR-DPO (2404.09656): every `every` steps reference <- (1 - mix) reference + mix policy.
+
+    Attributes:
+        every: optimizer steps between two updates.
+        mix: share of the policy, in (0, 1]; 1 is the hard update, the paper's soft one is 0.6.
+    """
+
+    kind: ClassVar[str] = "synced"
+    every: int
+    mix: float = 1.0
+
+    def __post_init__(self) -> None:
+        positive("reference", every=self.every, mix=self.mix)
+        share("reference", mix=self.mix)
+
+
+@dataclass(frozen=True)
+class PrecomputedReference:
+    """Reference log-likelihoods from a table, so that no reference model is evaluated. Text only.
+
+    Attributes:
+        table: row number in the data -> one value per answer (chosen, then rejected); or a data
+            file with the columns `row` and `logps`, as `precompute_reference` writes it.
+    """
+
+    kind: ClassVar[str] = "precomputed"
+    table: Any
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.table, (str, Path, Mapping)):
+            raise ConfigError(
+                "reference.table is a mapping from row numbers to values, or a file; got "
+                f"{type(self.table).__name__}."
+            )
+
+
+ReferenceOption = AdapterReference | EMAReference | SyncedReference | PrecomputedReference
+
+REFERENCE_KINDS: Mapping[str, type[ReferenceOption]] = MappingProxyType(
+    {
+        cls.kind: cls
+        for cls in (AdapterReference, EMAReference, SyncedReference, PrecomputedReference)
+    }
+)
+"""`kind` in YAML -> option class of a reference."""

@@ -1,0 +1,115 @@
+"""Which reference a run compares with: from the option to the object."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
+
+from alignkit.config import RunConfig
+from alignkit.errors import ConfigError, DataError
+from alignkit.protocols import Reference, Wing
+from alignkit.reference import (
+    FrozenAdapter,
+    FrozenModel,
+    MovingReference,
+    NoReference,
+    SwitchedAdapter,
+    TableReference,
+)
+from alignkit.reference_options import (
+    AdapterReference,
+    EMAReference,
+    PrecomputedReference,
+    SyncedReference,
+)
+from alignkit.rows import read_rows
+
+OtherModel = Callable[[Any], Wing]
+"""Loads another model as a wing, without an adapter."""
+
+
+def build_reference(
+    config: RunConfig, wing: Wing, needs_reference: bool, other_model: OtherModel
+) -> tuple[str, Reference]:
+    """What the report calls the reference, and the reference itself.
+
+    It is a snapshot of the model handed in; taken before anything is wrapped or trained.
+    """
+    wanted = config.reference
+    if not needs_reference:
+        if wanted not in ("auto", "none"):
+            raise ConfigError(
+                f"This loss has no reference, and reference={wanted!r} asks for one. Leave it out."
+            )
+        return "none", NoReference()
+    if type(wanted) in _MAKERS:
+        return _MAKERS[type(wanted)](wanted, wing)
+    if not isinstance(wanted, str) or wanted not in _NAMED:
+        return "model", FrozenModel(other_model(wanted).backend.module)
+    return _named(wanted, wing)
+
+
+_NAMED = ("auto", "frozen", "adapter_off", "none")
+
+
+def _named(wanted: str, wing: Wing) -> tuple[str, Reference]:
+    if wanted == "none":
+        raise ConfigError('This loss needs a reference; reference="none" leaves it without.')
+    if wanted == "adapter_off" and wing.adapter == "none":
+        raise ConfigError(
+            'reference="adapter_off" needs an adapter on the policy, and there is none. Give '
+            'adapter=LoRA(...), or reference="frozen".'
+        )
+    if wanted == "adapter_off" or (wanted == "auto" and wing.adapter == "fresh"):
+        return "adapter_off", SwitchedAdapter(wing.backend, wing.adapters_off)
+    if wing.adapter == "continued":
+        # A continued adapter is the start: only its own tensors need a copy.
+        return "frozen_adapter", FrozenAdapter(wing.backend)
+    return "frozen", FrozenModel.copy_of(wing.backend.module)
+
+
+def _adapter(option: AdapterReference, wing: Wing) -> tuple[str, Reference]:
+    if option.name in wing.trained_adapters():
+        raise ConfigError(
+            f"reference=AdapterReference({option.name!r}) names the adapter that is trained: it "
+            "would move with the policy. Name another one, or make another one active."
+        )
+    switched = SwitchedAdapter(wing.backend, partial(wing.adapter_on, option.name))
+    return f"adapter {option.name}", switched
+
+
+def _ema(option: EMAReference, wing: Wing) -> tuple[str, Reference]:
+    name = f"moving average (decay {option.decay:g}, every {option.every})"
+    return name, MovingReference(wing.backend, every=option.every, mix=1 - option.decay)
+
+
+def _synced(option: SyncedReference, wing: Wing) -> tuple[str, Reference]:
+    name = f"synced (every {option.every}, mix {option.mix:g})"
+    return name, MovingReference(wing.backend, every=option.every, mix=option.mix)
+
+
+def _precomputed(option: PrecomputedReference, wing: Wing) -> tuple[str, Reference]:
+    table = option.table if isinstance(option.table, Mapping) else _read_table(option.table)
+    return f"precomputed ({len(table)} rows)", TableReference(table)
+
+
+_MAKERS: Mapping[type, Callable[[Any, Wing], tuple[str, Reference]]] = {
+    AdapterReference: _adapter,
+    EMAReference: _ema,
+    SyncedReference: _synced,
+    PrecomputedReference: _precomputed,
+}
+"""Option class -> what makes its reference."""
+
+
+def _read_table(path: Any) -> dict[int, list[float]]:
+    rows = read_rows(path)
+    try:
+        return {int(row["row"]): [float(value) for value in row["logps"]] for row in rows}
+    except (KeyError, TypeError, ValueError) as error:
+        raise DataError(
+            "A table of reference log-likelihoods has the columns row (a number) and logps (a "
+            f"list of numbers, one per answer); {rows.name} has a row without: {error!r}. Write it "
+            "with precompute_reference."
+        ) from error
