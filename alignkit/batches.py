@@ -32,6 +32,8 @@ class Batch:
         content: the wing's own data.
         group: (N,) int64, which group an answer belongs to; non-decreasing.
         rank: (N,) int64, 0 = best of its group, equal = tie, -1 = unranked.
+        score: (N,) float32 or None, what a rater or a reward gave each answer (columns
+            `score_chosen` and `score_rejected`, or `scores`); higher is better.
         position: (G,) int64, the group's place in the optimizer step's *global* batch. Every random
             draw of the step is keyed by it, never by process or micro-batch.
         row_id: (G,) int64, the row's identity in the data: the key of augmentation, and what error
@@ -52,11 +54,13 @@ class Batch:
     target_margin: Tensor | None = None
     p_chosen: Tensor | None = None
     desirable: Tensor | None = None
+    score: Tensor | None = None
     rows: tuple[Mapping[str, Any], ...] | None = None
 
     def __post_init__(self) -> None:
         num_groups = len(self.position)
         assert len(self.group) == len(self.rank), (self.group.shape, self.rank.shape)
+        assert self.score is None or len(self.score) == len(self.rank), self.score.shape
         for name in ("row_id", "weight", "target_margin", "p_chosen", "desirable", "rows"):
             value = getattr(self, name)
             assert value is None or len(value) == num_groups, (name, len(value), num_groups)
@@ -80,6 +84,7 @@ class Batch:
         for answer, group in enumerate(self.group.tolist()):
             members[group].append(answer)
         answers = [answer for group in groups for answer in members[group]]
+        places = torch.tensor(answers, dtype=torch.int64)
         new_group = [new for new, group in enumerate(groups) for _ in members[group]]
         index = torch.tensor(groups, dtype=torch.int64)
         per_group: dict[str, Any] = {
@@ -90,7 +95,8 @@ class Batch:
         return Batch(
             content=self.content.select(groups, answers),
             group=torch.tensor(new_group, dtype=torch.int64),
-            rank=self.rank[torch.tensor(answers, dtype=torch.int64)],
+            rank=self.rank[places],
+            score=None if self.score is None else self.score[places],
             rows=None if self.rows is None else tuple(self.rows[g] for g in groups),
             **per_group,
         )
@@ -126,7 +132,12 @@ class Likelihood:
         total: (N,) float32 log-likelihood. Text: sum of token log-probs of the completion, in nats.
             Images: minus half the mean squared denoising error at the shared draw.
         length: (N,) float32, completion tokens; 1 for images.
-        extras: further tensors that an objective named in its `requires`.
+        extras: further tensors that an objective asked for, by name. Both wings: none in common.
+            Text: "token_logps", "token_mask"; "public", (N,) log-likelihood of the first k tokens
+            of each answer, k the length of the shortest answer of its group; "alignment", (N,) mean
+            over an answer's tokens of ln p(token) - ln sum_v p(v)^2, detached. Images: "error",
+            "timestep"; "overlap", (N,) mean over elements of an image's residual times that of the
+            best-ranked image of its group, detached.
     """
 
     total: Tensor
