@@ -16,8 +16,8 @@ from scipy.special import expit, logsumexp
 Vector = np.ndarray
 Optimum = Callable[[Vector, Vector], Vector]
 """(mu, r) -> the policy's probabilities."""
-PairLoss = Callable[[Vector, Vector], Vector]
-"""(w, l) -> loss of a pair with these log-ratios of chosen and rejected."""
+Formula = Callable[[Vector, Vector], Vector]
+"""(w, l), each (A, A) over chosen and rejected answers -> the losses of these pairs."""
 
 
 def beats(r: Vector) -> Vector:
@@ -34,6 +34,15 @@ def tilted(mu: Vector, scores: Vector) -> Vector:
     """mu exp(scores), normalised."""
     logits = np.log(mu) + scores
     return np.exp(logits - logsumexp(logits))
+
+
+def per_token(base: Vector, lengths: Vector, scores: Vector) -> Vector:
+    """base exp(length (scores + c)), with c such that it sums to 1."""
+
+    def excess(c: float) -> float:
+        return float((base * np.exp(lengths * (scores + c))).sum() - 1)
+
+    return base * np.exp(lengths * (scores + brentq(excess, -50, 50, xtol=1e-14)))
 
 
 def of_divergence(inverse: Callable[[Vector], Vector], limit: float, beta: float) -> Optimum:
@@ -56,12 +65,21 @@ def of_divergence(inverse: Callable[[Vector], Vector], limit: float, beta: float
     return optimum
 
 
-def minimised(loss: PairLoss, mu: Vector, r: Vector) -> Vector:
-    """The policy at the minimum of the population loss, found by a search from mu."""
-    weight = np.outer(mu, mu) * beats(r)
+def minimised(
+    loss: Formula, mu: Vector, r: Vector, *, flipped: float = 0.0, reference: bool = True
+) -> Vector:
+    """The policy at the minimum of the population loss, found by a search from mu.
+
+    Args:
+        loss: of a pair.
+        mu, r: reference and rewards.
+        flipped: share of the labels that are wrong.
+        reference: False gives the loss log-likelihoods for log-ratios.
+    """
+    weight = np.outer(mu, mu) * (flipped + (1 - 2 * flipped) * beats(r))
 
     def population(logits: Vector) -> float:
-        ratio = logits - logsumexp(logits) - np.log(mu)
+        ratio = logits - logsumexp(logits) - (np.log(mu) if reference else 0)
         w, ell = np.broadcast_arrays(ratio[:, None], ratio[None, :])
         return float((weight * loss(w, ell)).sum())
 

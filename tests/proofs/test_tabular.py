@@ -14,7 +14,16 @@ from transformers import AutoModelForCausalLM
 
 from alignkit import DPO, AlignResult, GenerationOptions, TextOptions, TrainerOptions, align
 from tests.ledger import Ledger
-from tests.proofs.optima import Optimum, PairLoss, beats, minimised, tilted, wins
+from tests.proofs.optima import (
+    Formula,
+    Optimum,
+    Vector,
+    beats,
+    minimised,
+    per_token,
+    tilted,
+    wins,
+)
 from tests.proofs.tabular import TabularLM, probabilities_of, tabular_lm
 
 ANSWERS = ["ash", "birch", "red cedar", "red oak"]
@@ -23,6 +32,11 @@ WORLD = {
     "south ": (np.array([0.25, 0.15, 0.2, 0.4]), np.array([-0.5, 1.2, 0.3, 0])),
 }
 """Prompt -> reference probabilities and rewards of the answers."""
+
+
+TOKENS = np.array([2, 2, 3, 3])
+"""Of each answer, its closing eos among them."""
+B, TOLERANCE = 0.5, 1e-3
 
 
 def L(x: Any) -> Any:
@@ -38,23 +52,35 @@ class Case:
         method: trained by `align()`.
         optimum: its closed form.
         loss: the formula once more, for the search that the closed form is checked by.
+        flipped: share of the labels that are wrong.
+        reference: False where log-likelihoods stand for log-ratios.
     """
 
     name: str
     claim: str
     method: DPO
     optimum: Optimum
-    loss: PairLoss
+    loss: Formula
+    flipped: float = 0.0
+    reference: bool = True
 
 
-B, TOLERANCE = 0.5, 1e-3
+KL_OPTIMUM = "mu exp(r / beta), the optimum of E[r] - beta KL"
 CASES = [
     Case(
-        "dpo",
-        "optimum of E[r] - beta KL: mu exp(r / beta)",
+        "sigmoid",
+        KL_OPTIMUM,
         DPO(beta=B),
         lambda mu, r: tilted(mu, r / B),
         lambda w, ell: L(B * (w - ell)),
+    ),
+    Case(
+        "robust",
+        f"{KL_OPTIMUM}, though a tenth of the labels is wrong",
+        DPO(loss="robust", beta=B, label_smoothing=0.1),
+        lambda mu, r: tilted(mu, r / B),
+        lambda w, ell: (0.9 * L(B * (w - ell)) - 0.1 * L(B * (ell - w))) / 0.8,
+        flipped=0.1,
     ),
     Case(
         "ipo, sums",
@@ -63,18 +89,67 @@ CASES = [
         lambda mu, r: tilted(mu, wins(mu, r) / B),
         lambda w, ell: (w - ell - 1 / (2 * B)) ** 2,
     ),
+    Case(
+        "ipo, averages",
+        "mu exp(|y| (P(y beats mu) / beta + c))",
+        DPO(loss="ipo", beta=1.0),
+        lambda mu, r: per_token(mu, TOKENS, wins(mu, r)),
+        lambda w, ell: (per_answer(w, 0) - per_answer(ell, 1) - 1 / 2) ** 2,
+    ),
+    Case(
+        "nca_pair",
+        "2 mu P(y beats mu), at beta = 1",
+        DPO(loss="nca_pair", beta=1.0),
+        lambda mu, r: 2 * mu * wins(mu, r),
+        lambda w, ell: L(w) + L(-w) / 2 + L(-ell) / 2,
+    ),
+    Case(
+        "rdpo",
+        "mu exp((r - c |y|) / beta): the reward is charged for length",
+        DPO(loss="rdpo", beta=B, length_coef=0.4),
+        lambda mu, r: tilted(mu, (r - 0.4 * TOKENS) / B),
+        lambda w, ell: L(B * (w - ell) + 0.4 * (TOKENS[:, None] - TOKENS)),
+    ),
+    Case(
+        "sigmoid_norm",
+        "mu exp(|y| (r / beta + c))",
+        DPO(loss="sigmoid_norm", beta=2.0),
+        lambda mu, r: per_token(mu, TOKENS, r / 2),
+        lambda w, ell: L(2 * (per_answer(w, 0) - per_answer(ell, 1))),
+    ),
+    Case(
+        "cpo",
+        "exp(r / beta), without its likelihood term",
+        DPO(loss="cpo", beta=B, cpo_alpha=0.0),
+        lambda mu, r: tilted(np.ones(4), r / B),
+        lambda w, ell: L(B * (w - ell)),
+        reference=False,
+    ),
+    Case(
+        "simpo",
+        "exp(|y| (r / beta + c)), without its margin",
+        DPO(loss="simpo", beta=2.0, gamma_ratio=0.0),
+        lambda mu, r: per_token(np.ones(4), TOKENS, r / 2),
+        lambda w, ell: L(2 * (per_answer(w, 0) - per_answer(ell, 1))),
+        reference=False,
+    ),
 ]
 
 
-def by_probability() -> list[dict[str, Any]]:
-    """Every ordered pair once, with the probability that its first answer is better."""
+def per_answer(log_ratio: Vector, axis: int) -> Vector:
+    """A matrix over (chosen, rejected) divided by the tokens of the answer along `axis`."""
+    return log_ratio / (TOKENS[:, None] if axis == 0 else TOKENS)
+
+
+def by_probability(flipped: float = 0.0) -> list[dict[str, Any]]:
+    """Every ordered pair once, with the probability that its label says the first is better."""
     return [
         {
             "prompt": prompt,
             "chosen": ANSWERS[i],
             "rejected": ANSWERS[j],
             "weight": mu[i] * mu[j],
-            "p_chosen": beats(r)[i, j],
+            "p_chosen": flipped + (1 - 2 * flipped) * beats(r)[i, j],
         }
         for prompt, (mu, r) in WORLD.items()
         for i, j in product(range(len(ANSWERS)), repeat=2)
@@ -125,7 +200,7 @@ def check_optimum(ledger: Ledger, case: Case, found: TabularLM) -> None:
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_the_closed_form_is_the_minimum_of_the_formula(case: Case) -> None:
     for world in WORLD.values():
-        searched = minimised(case.loss, *world)
+        searched = minimised(case.loss, *world, flipped=case.flipped, reference=case.reference)
         assert abs(searched - case.optimum(*world)).sum() / 2 < 1e-5
         assert abs(searched - world[0]).sum() / 2 > 0.05, "not where it starts"
 
@@ -133,7 +208,7 @@ def test_the_closed_form_is_the_minimum_of_the_formula(case: Case) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_align_reaches_the_optimum(case: Case, ledger: Ledger) -> None:
-    check_optimum(ledger, case, train(policy(), case.method, by_probability()).model)
+    check_optimum(ledger, case, train(policy(), case.method, by_probability(case.flipped)).model)
 
 
 def test_hard_labels_of_both_orders_are_the_same_preferences(ledger: Ledger) -> None:
