@@ -91,3 +91,20 @@ def test_weight_0_is_no_row_and_weight_2_two(wing: str, name: str) -> None:
     repeated = [row for row, weight in zip(rows, weights, strict=True) for _ in range(weight)]
     row = PREFERENCE_LOSSES[name]
     assert_same_step(first_step(wing, row, weighted), first_step(wing, row, repeated))
+
+
+@pytest.mark.parametrize(("wing", "name"), cases("image"))
+def test_a_row_of_weight_0_is_not_looked_at(wing: str, name: str) -> None:
+    """Draws are keyed by place, so in images a row is not left out but replaced by others."""
+    rows = ROWS[wing](10)
+    chosen, rejected = SIDES[wing]
+    weighted = [row | {"weight": float(i % 3)} for i, row in enumerate(rows[:8])]
+    other = [
+        row | {chosen: rows[8][chosen], rejected: rows[9][rejected]} if row["weight"] == 0 else row
+        for row in weighted
+    ]
+    row = PREFERENCE_LOSSES[name]
+    expected = first_step(wing, row, weighted)
+    assert_same_step(first_step(wing, row, other), expected)
+    unweighted = first_step(wing, row, [r | {"weight": 1.0} for r in weighted])
+    assert distance(unweighted, expected) > 100 * ROUNDING

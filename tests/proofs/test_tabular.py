@@ -12,7 +12,15 @@ import pytest
 from scipy.special import log_expit
 from transformers import AutoModelForCausalLM
 
-from alignkit import DPO, AlignResult, GenerationOptions, TextOptions, TrainerOptions, align
+from alignkit import (
+    DPO,
+    AlignResult,
+    GenerationOptions,
+    SyncedReference,
+    TextOptions,
+    TrainerOptions,
+    align,
+)
 from tests.ledger import Ledger
 from tests.proofs.optima import (
     Formula,
@@ -170,15 +178,24 @@ def policy() -> tuple[TabularLM, Any]:
     return tabular_lm(prompts, ANSWERS, [mu.tolist() for mu, _ in WORLD.values()])
 
 
-def train(policy: Any, method: DPO, rows: list[dict[str, Any]], **more: Any) -> AlignResult:
+def train(
+    policy: Any,
+    method: DPO,
+    rows: list[dict[str, Any]],
+    *,
+    steps: int = 250,
+    schedule: Any = "linear",
+    **more: Any,
+) -> AlignResult:
     """Whole batches, so that nothing is left to chance."""
     trainer = TrainerOptions(
-        max_steps=250,
+        max_steps=steps,
         batch_size=len(rows),
         learning_rate=0.1,
+        schedule=schedule,
         warmup=0,
         precision="fp32",
-        log_every=250,
+        log_every=steps,
     )
     keep = TextOptions(identical_pairs="keep")
     return align(policy, method, rows, data_options=keep, trainer=trainer, **more)
@@ -214,6 +231,28 @@ def test_align_reaches_the_optimum(case: Case, ledger: Ledger) -> None:
 def test_hard_labels_of_both_orders_are_the_same_preferences(ledger: Ledger) -> None:
     case = replace(CASES[0], name="dpo, hard labels")
     check_optimum(ledger, case, train(policy(), case.method, by_weight()).model)
+
+
+@pytest.mark.slow
+def test_rounds_of_a_synced_reference_add_up(ledger: Ledger) -> None:
+    """Each round ends at the reference of the next, times exp(r / beta) once more."""
+    rounds, every, beta = 2, 200, 1.0
+    case = replace(
+        CASES[0],
+        name="sigmoid, TR-DPO",
+        claim=f"mu exp({rounds} r / beta) after {rounds} hard syncs",
+        method=DPO(beta=beta),
+        optimum=lambda mu, r: tilted(mu, rounds * r / beta),
+    )
+    found = train(
+        policy(),
+        case.method,
+        by_probability(),
+        steps=rounds * every,
+        schedule="constant",
+        reference=SyncedReference(every=every),
+    )
+    check_optimum(ledger, case, found.model)
 
 
 @pytest.mark.slow
