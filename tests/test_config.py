@@ -452,7 +452,11 @@ NOT_SCALE_FREE = replace(SIGMOID, name="fixed", scale_free=False)
             r"method\.label_smoothing must be a number; got '0\.1'",
         ),
         ({"method": DPO(loss="ipo", average=1)}, None, r"method\.average must be true or false"),
-        ({"method": DPO(label_smoothing=0.7)}, None, r"label_smoothing must be in \[0, 0\.5\]"),
+        (
+            {"method": DPO(label_smoothing=0.7)},
+            None,
+            r"label_smoothing of .sigmoid. must be in \[0, 0\.5\]",
+        ),
         ({"method": DPO(loss="robust", label_smoothing=0.5)}, None, r"in \[0, 0\.5\); got 0\.5"),
         ({"method": DPO(loss=my_loss, e=1)}, None, r"called as loss\(scores, beta=\.\.\., e="),
         ({"method": DPO(loss=NOT_SCALE_FREE)}, "image", "Loss 'fixed' is not a function of beta"),

@@ -3,7 +3,9 @@
 from types import MappingProxyType
 
 from alignkit.losses import batchwise, offsets, pointwise, preference, reference_free
+from alignkit.losses.divergences import DIVERGENCES
 from alignkit.losses.group import GROUP_LOSSES
+from alignkit.losses.mixture import WeightedSum, weighted_sum
 from alignkit.losses.scores import GroupScores, PairScores, UnpairedScores
 from alignkit.losses.table import GroupLoss, Loss, PairLoss, State, UnpairedLoss
 from alignkit.losses.unpaired import UNPAIRED_LOSSES
@@ -21,6 +23,7 @@ LOSSES = MappingProxyType({**PREFERENCE_LOSSES, **GROUP_LOSSES, **UNPAIRED_LOSSE
 """Name -> loss of any kind; names are unique over the tables."""
 
 __all__ = [
+    "DIVERGENCES",
     "GROUP_LOSSES",
     "LOSSES",
     "PREFERENCE_LOSSES",
@@ -33,4 +36,6 @@ __all__ = [
     "State",
     "UnpairedLoss",
     "UnpairedScores",
+    "WeightedSum",
+    "weighted_sum",
 ]

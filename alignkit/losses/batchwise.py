@@ -13,8 +13,8 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import softplus
 
-from alignkit.errors import ConfigError
 from alignkit.losses.defaults import betas
+from alignkit.losses.ranges import within
 from alignkit.losses.running import running, running_mean
 from alignkit.losses.scores import PairScores, needed
 from alignkit.losses.table import Golden, PairLoss, State
@@ -47,7 +47,7 @@ def _coupled(x: Tensor, y: Tensor, weight: Tensor | None) -> Float[Tensor, " B"]
 def aot(scores: PairScores, *, beta: float) -> Float[Tensor, " B"]:
     """AOT, paired: mean over ranks k of L(b [(p_w - p_l)_(k) - (r_w - r_l)_(k)]), both sorted.
 
-    Melnyk et al. 2024 (2406.05882) Eq. 10: the policy's margins shall dominate the reference's as
+    Melnyk et al. 2024 (2406.05882): the policy's margins shall dominate the reference's as
     a distribution (first order), not pair by pair. One pair alone is DPO.
 
     Args:
@@ -65,7 +65,7 @@ def aot(scores: PairScores, *, beta: float) -> Float[Tensor, " B"]:
 def aot_unpaired(scores: PairScores, *, beta: float) -> Float[Tensor, " B"]:
     """AOT, unpaired: mean over ranks k of L(b [w_(k) - l_(k)]), both sorted.
 
-    Melnyk et al. 2024 (2406.05882) Eq. 7: the log-ratios of chosen answers shall dominate those of
+    Melnyk et al. 2024 (2406.05882): the log-ratios of chosen answers shall dominate those of
     rejected ones as a distribution; which answers share a prompt plays no part.
 
     Args:
@@ -89,7 +89,7 @@ def beta_dpo(
 ) -> Float[Tensor, " B"]:
     """beta-DPO: L(b' h - m) on the kept pairs, b' = max(1e-3, b [1 + a (mean of kept h - M0)]).
 
-    Wu et al. 2024 (2407.08639) Eq. 7 to 9. M0 and S are running means of the batch's mean and
+    Wu et al. 2024 (2407.08639). M0 and S are running means of the batch's mean and
     standard deviation of h. A share 1 - rho of the pairs is kept, drawn without replacement with
     weights exp(-((h - M0) / S)^2 / 2); the losses of the others are 0, and those of the kept ones
     are scaled up so that the batch mean is theirs. b' is detached.
@@ -106,11 +106,10 @@ def beta_dpo(
         (B,) losses.
 
     Raises:
-        ConfigError: for rho outside [0, 1).
+        ConfigError: for rho or momentum outside [0, 1).
         ValueError: if rho > 0 and `uniform` is missing.
     """
-    if not 0 <= rho < 1:
-        raise ConfigError(f"rho of 'beta_dpo' is a share of pairs in [0, 1); got {rho}.")
+    within("[0, 1)", "beta_dpo", rho=rho, momentum=momentum)
     gap = scores.margin.detach()
     mean, std = running(state, "mean"), running(state, "std")
     weight = torch.ones_like(gap) if scores.weight is None else scores.weight.to(gap)
@@ -123,7 +122,7 @@ def beta_dpo(
     loss = softplus(-scores.offset(effective * scores.margin))
     if scores.p_chosen is not None:
         swapped = softplus(-scores.offset(-effective * scores.margin))
-        loss = swapped + scores.p_chosen * (loss - swapped)
+        loss = scores.p_chosen * loss + (1 - scores.p_chosen) * swapped
     if rho == 0:
         return loss
     total = len(gap) if scores.weight is None else scores.weight.sum()

@@ -32,7 +32,8 @@ CAP = 30.0
 
 def capped_exp(x: Tensor) -> Tensor:
     """e^x, going on along its tangent beyond e^30: finite, increasing, with a gradient."""
-    return x.clamp(max=CAP).exp() * (1 + (x - CAP).clamp(min=0))
+    beyond = (x - CAP).clamp(min=0)
+    return (x - beyond).exp() * (1 + beyond)
 
 
 def reverse_kl(log_ratio: Tensor, alpha: float = 0.5) -> Tensor:

@@ -20,6 +20,7 @@ TABLES: Mapping[str, Mapping[str, Loss]] = {
 
 def cells(loss: Loss) -> dict[str, str]:
     """What a listing says of a loss, by column."""
+    assert loss.golden is not None
     return {
         "name": loss.name,
         "equation": loss.equation,

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn.functional import softplus
 
 from alignkit.losses.defaults import betas
+from alignkit.losses.ranges import within
 from alignkit.losses.scores import PairScores, needed
 from alignkit.losses.table import Golden, PairLoss
 
@@ -20,7 +21,7 @@ _SMALLEST_GAP = 1e-6
 def sigmoid_norm(scores: PairScores, *, beta: float) -> Float[Tensor, " B"]:
     """Length-normalised DPO: L(b (w/|y_w| - l/|y_l|) - m).
 
-    As in Lambert et al. 2024 (2411.15124), section 5.1. beta is larger by about the mean length.
+    As in Lambert et al. 2024 (2411.15124). beta is larger by about the mean length.
 
     Args:
         scores: B pairs with lengths.
@@ -76,6 +77,7 @@ def odpo(scores: PairScores, *, beta: float, alpha: float = 1.0) -> Float[Tensor
     Raises:
         ValueError: if the scores of the data are missing.
     """
+    within("[0, inf)", "odpo", alpha=alpha)
     chosen, rejected = needed(scores, "score_chosen", "score_rejected", by="odpo")
     offset = alpha * (chosen - rejected).clamp(min=_SMALLEST_GAP).log()
     return softplus(offset - scores.logit(beta))
@@ -90,11 +92,12 @@ def dpop(scores: PairScores, *, beta: float, lam: float = 50.0) -> Float[Tensor,
     Args:
         scores: B pairs.
         beta: strength of the KL to the reference.
-        lam: weight of the penalty; 0 is DPO.
+        lam: weight of the penalty >= 0; 0 is DPO.
 
     Returns:
         (B,) per-pair losses; ln 2 where policy = reference and m = 0.
     """
+    within("[0, inf)", "dpop", lam=lam)
     margin = scores.margin - lam * (-scores.chosen).clamp(min=0)
     return softplus(-scores.offset(beta * margin))
 

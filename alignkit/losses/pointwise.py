@@ -22,7 +22,7 @@ from alignkit.losses.table import Golden, PairLoss
 def nca_pair(scores: PairScores, *, beta: float) -> Float[Tensor, " B"]:
     """NCA: L(b w) + L(-b w)/2 + L(-b l)/2.
 
-    Chen et al. 2024 (2402.05369) Eq. 12 for pairs: the chosen answer is told from noise, and both
+    Chen et al. 2024 (2402.05369), for pairs: the chosen answer is told from noise, and both
     answers are held near the reference.
 
     Args:

@@ -18,9 +18,9 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import softplus
 
-from alignkit.errors import ConfigError
 from alignkit.losses.defaults import betas
 from alignkit.losses.divergences import capped_exp
+from alignkit.losses.ranges import within
 from alignkit.losses.scores import PairScores, needed
 from alignkit.losses.table import Golden, PairLoss
 
@@ -44,8 +44,7 @@ def sigmoid(
     Raises:
         ConfigError: for e outside [0, 0.5].
     """
-    if not 0 <= label_smoothing <= 0.5:
-        raise ConfigError(f"label_smoothing must be in [0, 0.5]; got {label_smoothing}.")
+    within("[0, 0.5]", "sigmoid", label_smoothing=label_smoothing)
     loss = softplus(-scores.logit(beta))
     if label_smoothing == 0:
         return loss
@@ -71,10 +70,7 @@ def robust(scores: PairScores, *, beta: float, label_smoothing: float = 0.1) -> 
     Raises:
         ConfigError: for e outside [0, 0.5).
     """
-    if not 0 <= label_smoothing < 0.5:
-        raise ConfigError(
-            f"label_smoothing of 'robust' is a flip probability in [0, 0.5); got {label_smoothing}."
-        )
+    within("[0, 0.5)", "robust", label_smoothing=label_smoothing)
     loss = softplus(-scores.logit(beta))
     swapped = softplus(-scores.offset(-beta * scores.margin))
     # Written as the plain loss plus a correction that vanishes at h = 0, so that policy = reference
@@ -135,7 +131,7 @@ def exo_pair(
     Args:
         scores: B pairs.
         beta: strength of the KL to the reference.
-        label_smoothing: e in (0, 0.5].
+        label_smoothing: e in (0, 0.5]; its logarithm enters.
 
     Returns:
         (B,) per-pair losses; 0 where s(x) = 1 - e.
@@ -143,11 +139,7 @@ def exo_pair(
     Raises:
         ConfigError: for e outside (0, 0.5].
     """
-    if not 0 < label_smoothing <= 0.5:
-        raise ConfigError(
-            "label_smoothing of 'exo_pair' must be in (0, 0.5], since the label's logarithm enters;"
-            f" got {label_smoothing}. Its default is 1e-3."
-        )
+    within("(0, 0.5]", "exo_pair", label_smoothing=label_smoothing)
     x = scores.logit(beta)
     chosen = torch.sigmoid(x) * (-softplus(-x) - math.log(1 - label_smoothing))
     return chosen + torch.sigmoid(-x) * (-softplus(x) - math.log(label_smoothing))
@@ -170,8 +162,7 @@ def discopop(scores: PairScores, *, beta: float, tau: float = 0.05) -> Float[Ten
     Raises:
         ConfigError: for tau not above 0.
     """
-    if not tau > 0:
-        raise ConfigError(f"tau of 'discopop' must be above 0; got {tau}. Its default is 0.05.")
+    within("(0, inf)", "discopop", tau=tau)
     x = scores.logit(beta)
     blend = torch.sigmoid(x / tau)
     return (1 - blend) * softplus(-x) + blend * capped_exp(-x)

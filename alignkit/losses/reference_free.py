@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn.functional import softplus
 
 from alignkit.losses.defaults import betas
+from alignkit.losses.ranges import within
 from alignkit.losses.scores import PairScores, needed
 from alignkit.losses.table import Beta, Golden, PairLoss
 
@@ -34,6 +35,7 @@ def slic(
     Returns:
         (B,) per-pair losses.
     """
+    within("[0, inf)", "slic", delta=delta, lam=lam)
     logit = scores.offset(beta * (scores.policy_chosen - scores.policy_rejected))
     return (delta - logit).clamp(min=0) - lam * scores.policy_chosen
 
@@ -63,7 +65,7 @@ def simpo(scores: PairScores, *, beta: float, gamma_ratio: float = 0.5) -> Float
 def cpo(scores: PairScores, *, beta: float, cpo_alpha: float = 1.0) -> Float[Tensor, " B"]:
     """CPO: L(b (p_w - p_l) - m) - a p_w/|y_w|, a = cpo_alpha.
 
-    Xu et al. 2024 (2401.08417) Eq. 3 and 4: DPO against a uniform reference, with the negative
+    Xu et al. 2024 (2401.08417) Eq. 3: DPO against a uniform reference, with the negative
     log-likelihood of the chosen answer per token.
 
     Args:
@@ -77,6 +79,7 @@ def cpo(scores: PairScores, *, beta: float, cpo_alpha: float = 1.0) -> Float[Ten
     Raises:
         ValueError: if the lengths are missing.
     """
+    within("[0, inf)", "cpo", cpo_alpha=cpo_alpha)
     (length,) = needed(scores, "chosen_length", by="cpo")
     logit = scores.offset(beta * (scores.policy_chosen - scores.policy_rejected))
     return softplus(-logit) - cpo_alpha * scores.policy_chosen / length
@@ -85,7 +88,7 @@ def cpo(scores: PairScores, *, beta: float, cpo_alpha: float = 1.0) -> Float[Ten
 def orpo(scores: PairScores, *, beta: float, lam: float = 0.1) -> Float[Tensor, " B"]:
     """ORPO: -p_w/|y_w| + c L(b (o_w - o_l) - m), o = x - ln(1 - e^x), x = p/|y|, c = lam.
 
-    Hong et al. 2024 (2403.07691) Eq. 6 and 7: fine-tuning on the chosen answer plus the log odds
+    Hong et al. 2024 (2403.07691) Eq. 4 and 7: fine-tuning on the chosen answer plus the log odds
     ratio of the two mean token likelihoods. The paper has b = 1. x is held below -1e-7, where the
     odds are finite.
 
@@ -100,6 +103,7 @@ def orpo(scores: PairScores, *, beta: float, lam: float = 0.1) -> Float[Tensor, 
     Raises:
         ValueError: if the lengths are missing.
     """
+    within("[0, inf)", "orpo", lam=lam)
     chosen, rejected = needed(scores, "chosen_length", "rejected_length", by="orpo")
     mean = scores.policy_chosen / chosen
     logit = scores.offset(beta * (_log_odds(mean) - _log_odds(scores.policy_rejected / rejected)))
@@ -129,6 +133,7 @@ def mapo(
     Returns:
         (B,) per-pair losses.
     """
+    within("(0, inf)", "mapo", snr_scale=snr_scale, timesteps=timesteps)
 
     def odds(log_likelihood: Tensor) -> Tensor:
         x = (-2 * snr_scale * log_likelihood).clamp(max=80)
@@ -177,7 +182,7 @@ ROWS = (
     PairLoss(
         name="cpo",
         function=cpo,
-        paper="Xu et al. 2024, Contrastive Preference Optimization, arXiv:2401.08417, Eq. 3 and 4",
+        paper="Xu et al. 2024, Contrastive Preference Optimization, arXiv:2401.08417, Eq. 3",
         equation="L(b (p_w - p_l) - m) - a p_w/|y_w|, a = cpo_alpha",
         betas=betas(0.1, "Xu et al. 2024, as in TRL", scale_free=False),
         laws=_LAWS,
@@ -192,7 +197,7 @@ ROWS = (
     PairLoss(
         name="orpo",
         function=orpo,
-        paper="Hong et al. 2024, ORPO, arXiv:2403.07691, Eq. 6 and 7",
+        paper="Hong et al. 2024, ORPO, arXiv:2403.07691, Eq. 4 and 7",
         equation="-p_w/|y_w| + c L(b (o_w - o_l) - m), o = x - ln(1 - e^x), x = p/|y|, c = lam",
         betas=betas(1.0, "Hong et al. 2024, where log odds stand as they are", scale_free=False),
         laws=_LAWS,

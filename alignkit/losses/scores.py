@@ -171,6 +171,11 @@ class GroupScores:
         }
         if self.policy.ndim != 2 or len(set(shapes.values())) != 1:
             raise ValueError(f"GroupScores needs tensors of one shape, (G, K); got {shapes}.")
+        if self.weight is not None and self.weight.shape != self.policy.shape[:1]:
+            raise ValueError(
+                "GroupScores needs one weight per group, (G,); got weight "
+                f"{tuple(self.weight.shape)} for policy {tuple(self.policy.shape)}."
+            )
 
     @property
     def log_ratio(self) -> Float[Tensor, "G K"]:

@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from alignkit.errors import ConfigError, nearest
+from alignkit.losses.ranges import within
 from alignkit.losses.scores import GroupScores, PairScores, UnpairedScores
 
 State = Mapping[str, Tensor]
@@ -58,10 +59,10 @@ class Loss:
         equation: the formula in our symbols (docs/formulas.md).
         betas: wing -> default beta and where it comes from.
         laws: names of the laws (tests/laws) that the loss obeys.
-        golden: its value on the table's example.
-        minimiser: where the expected loss of one example is smallest, in words.
         at_reference: the value for policy = reference as a function of beta; None for losses that
             have no reference.
+        golden: its value on the table's example.
+        minimiser: where the expected loss of one example is smallest, in words.
         needs_reference: whether the reference's log-likelihoods enter.
         coupled: whether one example's loss depends on the others of the global batch.
         scale_free: a function of beta * log_ratio alone up to a constant factor, so that it means
@@ -79,9 +80,9 @@ class Loss:
     equation: str
     betas: Mapping[str, Beta]
     laws: frozenset[str]
-    golden: Golden
-    minimiser: str
     at_reference: Callable[[float], float] | None
+    golden: Golden | None = None
+    minimiser: str = ""
     needs_reference: bool = True
     coupled: bool = False
     scale_free: bool = True
@@ -209,11 +210,7 @@ class UnpairedLoss(Loss):
         self, scores: UnpairedScores, arguments: dict[str, Any], keywords: Mapping[str, Any]
     ) -> Tensor:
         liked, disliked = (keywords.get(name, 1.0) for name in _CLASS_WEIGHTS)
-        if not (liked >= 0 and disliked >= 0):
-            raise ConfigError(
-                f"desirable_weight and undesirable_weight are numbers from 0 up; got {liked} and "
-                f"{disliked}."
-            )
+        within("[0, inf)", self.name, desirable_weight=liked, undesirable_weight=disliked)
         loss = self.function(scores, **arguments)
         return loss * (disliked + (liked - disliked) * scores.desirable.to(loss.dtype))
 

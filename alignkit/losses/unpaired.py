@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn.functional import softplus
 
 from alignkit.losses.defaults import betas
+from alignkit.losses.ranges import within
 from alignkit.losses.running import running, running_mean
 from alignkit.losses.scores import UnpairedScores, needed
 from alignkit.losses.table import Golden, State, UnpairedLoss
@@ -78,6 +79,7 @@ def bco(
     Returns:
         (B,) losses; ln 2 where policy = reference.
     """
+    within("[0, 1)", "bco", momentum=momentum)
     seen = (state["reward.mass"] > 0).double()
     shift = (running(state, "reward") * seen).sum() / seen.sum()
     logit = beta * scores.log_ratio - shift.to(scores.policy.dtype)
@@ -115,6 +117,10 @@ def nca(scores: UnpairedScores, *, beta: float) -> Float[Tensor, " B"]:
     return softplus(gain) / 2 + torch.where(scores.desirable.bool(), softplus(-gain), 0.0)
 
 
+_LEVEL = (
+    "it sees the level of each log-ratio, and the reward behind another divergence is known up to "
+    "a constant of the prompt only"
+)
 _LAWS = frozenset({"step0", "ratio", "scaling", "batch", "weight"})
 
 ROWS = (
@@ -128,6 +134,7 @@ ROWS = (
         golden=Golden(0.1, 0.4812589),
         minimiser="none: bounded and monotone in each r",
         at_reference=lambda beta: 0.5,
+        no_divergence=_LEVEL,
         coupled=True,
         needs=("kl",),
     ),
@@ -141,6 +148,7 @@ ROWS = (
         golden=Golden(0.1, 0.4812617),
         minimiser="none: bounded and monotone in each r",
         at_reference=lambda beta: 0.5,
+        no_divergence=_LEVEL,
     ),
     UnpairedLoss(
         name="bco",
@@ -152,6 +160,7 @@ ROWS = (
         golden=Golden(0.1, 0.6563501),
         minimiser="b r* = d + logit of the probability that the answer is liked",
         at_reference=lambda beta: math.log(2),
+        no_divergence=_LEVEL,
         coupled=True,
         update=bco_state,
     ),
@@ -165,6 +174,7 @@ ROWS = (
         golden=Golden(0.1, 0.6754124),
         minimiser="b r* = ln(2q), q = probability that the answer is liked",
         at_reference=lambda beta: math.log(2),
+        no_divergence=_LEVEL,
     ),
 )
 
