@@ -16,6 +16,7 @@ from scipy.optimize import brentq, minimize, minimize_scalar
 
 from alignkit.losses import GROUP_LOSSES, LOSSES, PREFERENCE_LOSSES, UNPAIRED_LOSSES
 from tests.builders import pair_scores
+from tests.ledger import Ledger
 from tests.losses.examples import answers, group
 
 
@@ -65,7 +66,7 @@ MARGINS: list[tuple[str, dict[str, Any], float, float, dict[str, float], float]]
 
 
 @pytest.mark.parametrize(("name", "keywords", "p", "beta", "fields", "golden"), MARGINS)
-def test_margin_at_the_minimum(name, keywords, p, beta, fields, golden) -> None:
+def test_margin_at_the_minimum(name, keywords, p, beta, fields, golden, ledger: Ledger) -> None:
     """The margin w - l of the minimum over w and l = c - w, c as the loss has it."""
     anchored = {"dpop": 40.0, "bco_pair": 0.0, "nca_pair": (math.log(1.6) + math.log(0.4)) / 0.5}
     level = anchored.get(name, 0.0)
@@ -77,7 +78,8 @@ def test_margin_at_the_minimum(name, keywords, p, beta, fields, golden) -> None:
         ).item()
 
     found = minimize_scalar(population, bounds=(-30, 30), method="bounded", options={"xatol": 1e-9})
-    assert found.x == pytest.approx(golden, abs=1e-4)
+    given = ", ".join(f"{k}={v:g}" for k, v in {"p": p, "beta": beta, **keywords, **fields}.items())
+    ledger.check(name, f"margin at {given}", got=found.x, expected=golden, tolerance=1e-4)
 
 
 def test_margin_goldens_are_those_of_the_closed_form() -> None:
@@ -95,14 +97,15 @@ LEVELS = {
 
 
 @pytest.mark.parametrize("name", LEVELS)
-def test_pointwise_losses_fix_both_log_ratios(name) -> None:
+def test_pointwise_losses_fix_both_log_ratios(name, ledger: Ledger) -> None:
     def population(x: Any) -> float:
         return PREFERENCE_LOSSES[name](pair_scores(x[0], x[1], p_chosen=0.8), beta=0.5).item()
 
     found = minimize(
         population, [0.3, -0.2], method="Nelder-Mead", options={"xatol": 1e-7, "fatol": 1e-14}
     )
-    assert found.x == pytest.approx(LEVELS[name], abs=1e-4)
+    claim = "both log-ratios at p=0.8, beta=0.5"
+    ledger.check(name, claim, got=found.x, expected=LEVELS[name], tolerance=1e-4)
 
 
 def test_nca_s_score_is_the_log_of_twice_the_win_probability() -> None:
@@ -113,7 +116,7 @@ UNPAIRED = {"nca": math.log(1.6), "bco": 0.3 + logit(0.8)}
 
 
 @pytest.mark.parametrize("name", UNPAIRED)
-def test_single_answers_liked_with_probability_p(name) -> None:
+def test_single_answers_liked_with_probability_p(name, ledger: Ledger) -> None:
     row = UNPAIRED_LOSSES[name]
     state = {"reward.sum": torch.full((2,), 0.3), "reward.mass": torch.ones(2)}
 
@@ -123,7 +126,8 @@ def test_single_answers_liked_with_probability_p(name) -> None:
         return 0.8 * liked + 0.2 * disliked
 
     found = minimize_scalar(population, bounds=(-20, 20), method="bounded", options={"xatol": 1e-9})
-    assert 0.5 * found.x == pytest.approx(UNPAIRED[name], abs=1e-4)
+    claim = "reward of an answer liked with probability 0.8"
+    ledger.check(name, claim, got=0.5 * found.x, expected=UNPAIRED[name], tolerance=1e-4)
 
 
 UTILITIES = [1.0, 0.2, -0.5]
@@ -138,7 +142,7 @@ def plackett_luce(order: tuple[int, ...]) -> float:
 
 
 @pytest.mark.parametrize("name", GROUP_LOSSES)
-def test_rankings_recover_the_utilities_they_were_drawn_from(name) -> None:
+def test_rankings_recover_the_utilities_they_were_drawn_from(name, ledger: Ledger) -> None:
     chances = {order: plackett_luce(order) for order in permutations(range(3))}
     ranks = {order: [order.index(i) for i in range(3)] for order in chances}
 
@@ -150,9 +154,10 @@ def test_rankings_recover_the_utilities_they_were_drawn_from(name) -> None:
     found = minimize(
         population, [0.0, 0.0], method="Nelder-Mead", options={"xatol": 1e-7, "fatol": 1e-14}
     )
-    first, second = 0.5 * found.x
     mean = sum(UTILITIES) / 3
-    assert (first, second) == pytest.approx((UTILITIES[0] - mean, UTILITIES[1] - mean), abs=1e-4)
+    expected = [utility - mean for utility in UTILITIES[:2]]
+    claim = "the utilities that all rankings of three come from"
+    ledger.check(name, claim, got=0.5 * found.x, expected=expected, tolerance=1e-4)
 
 
 def test_certain_labels_drive_dpo_away_and_hold_ipo_and_nca() -> None:
