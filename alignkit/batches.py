@@ -23,6 +23,10 @@ class Content(Protocol):
         """The content of the given groups, whose answers have the given places among the N."""
         ...
 
+    def recombine(self, groups: Sequence[int], answers: Sequence[int]) -> Self:
+        """Groups of one: the prompt of `groups[i]` with the answer `answers[i]`, whosever it is."""
+        ...
+
 
 @dataclass(frozen=True)
 class Batch:
@@ -33,7 +37,7 @@ class Batch:
         group: (N,) int64, which group an answer belongs to; non-decreasing.
         rank: (N,) int64, 0 = best of its group, equal = tie, -1 = unranked.
         score: (N,) float32 or None, what a rater or a reward gave each answer (columns
-            `score_chosen` and `score_rejected`, or `scores`); higher is better.
+            `score_chosen` and `score_rejected`, or `scores`); higher is better, NaN is none.
         position: (G,) int64, the group's place in the optimizer step's *global* batch. Every random
             draw of the step is keyed by it, never by process or micro-batch.
         row_id: (G,) int64, the row's identity in the data: the key of augmentation, and what error
@@ -42,6 +46,9 @@ class Batch:
         target_margin: (G,) float32 or None, subtracted from the preference logit after beta.
         p_chosen: (G,) float32 or None, the probability that the chosen answer is the better one.
         desirable: (G,) bool or None, the label of unpaired rows.
+        mismatched: where the source was asked for it, G groups of one: this batch's prompts, each
+            with the answer of another prompt of the global batch. Same positions, row ids and
+            weights.
         rows: the G source rows, for rewards and reports; None where nobody asked for them.
     """
 
@@ -55,6 +62,7 @@ class Batch:
     p_chosen: Tensor | None = None
     desirable: Tensor | None = None
     score: Tensor | None = None
+    mismatched: Batch | None = None
     rows: tuple[Mapping[str, Any], ...] | None = None
 
     def __post_init__(self) -> None:
@@ -97,13 +105,15 @@ class Batch:
             group=torch.tensor(new_group, dtype=torch.int64),
             rank=self.rank[places],
             score=None if self.score is None else self.score[places],
+            mismatched=None if self.mismatched is None else self.mismatched.select(groups),
             rows=None if self.rows is None else tuple(self.rows[g] for g in groups),
             **per_group,
         )
 
     def absent(self) -> Batch:
         """The same batch with every weight 0: it occupies a process and adds nothing."""
-        return replace(self, weight=torch.zeros(self.num_groups))
+        mismatched = None if self.mismatched is None else self.mismatched.absent()
+        return replace(self, weight=torch.zeros(self.num_groups), mismatched=mismatched)
 
     def pairs(self) -> tuple[Tensor, Tensor]:
         """Where the chosen and the rejected answer of each group stand among the N answers.

@@ -182,6 +182,12 @@ class Examples(Protocol):
         """
         ...
 
+    def mismatched(self, indices: Sequence[int]) -> list[int]:
+        """For each of a global batch's rows the place of the next one, around the end, that has
+        another prompt and a weight above 0; its own where there is none.
+        """
+        ...
+
 
 class Reward(Protocol):
     """Rule, Python function, classifier, scorer or judge: all the same to everybody above."""
@@ -246,7 +252,7 @@ class Wing(Protocol):
     def examples(self, data: Any, options: Any, *, kind: str, seed: int) -> Examples:
         """Read, check and prepare rows.
 
-        `kind` is "pairs" (later "groups", "unpaired", "sft", "prompts").
+        `kind` is "pairs", "groups" (rankings of K answers) or "unpaired" (one labelled answer).
         """
         ...
 

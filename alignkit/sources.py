@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -29,6 +29,9 @@ class RowSource:
         epochs: passes over the data; None is endless (then the trainer's `max_steps` bounds it).
         seed: of the shuffle.
         shuffle: False keeps the order of the data (evaluation, benchmarks).
+        mismatched: fill in `Batch.mismatched`, for losses of single answers that estimate a KL from
+            answers to other prompts. Which answer meets which prompt is decided on the global
+            batch, so that it depends on no process or micro-batch.
         processes: rank and size.
 
     Raises:
@@ -46,6 +49,7 @@ class RowSource:
         seed: int,
         processes: Collective,
         shuffle: bool = True,
+        mismatched: bool = False,
     ) -> None:
         self.num_rows = len(examples)
         if self.num_rows == 0:
@@ -57,6 +61,7 @@ class RowSource:
         self.batch_size = batch_size
         self.seed = seed
         self.shuffle = shuffle
+        self.mismatched = mismatched
         self.processes = processes
         self.total_rows = None if epochs is None else max(1, round(epochs * self.num_rows))
         self.consumed = 0
@@ -90,9 +95,27 @@ class RowSource:
         absent = len(positions) == 0
         positions = range(1) if absent else positions
         drawn = [self._row(places[position]) for position in positions]
-        batch = self.examples.collate([row for _, row in drawn], [epoch for epoch, _ in drawn])
-        batch = replace(batch, position=torch.tensor(list(positions), dtype=torch.int64))
+        batch = self._mismatch(drawn, places, positions) if self.mismatched else self._batch(drawn)
+        position = torch.tensor(list(positions), dtype=torch.int64)
+        batch = replace(batch, position=position)
+        if batch.mismatched is not None:
+            batch = replace(batch, mismatched=replace(batch.mismatched, position=position))
         return batch.absent() if absent else batch
+
+    def _batch(self, drawn: Sequence[tuple[int, int]]) -> Batch:
+        return self.examples.collate([row for _, row in drawn], [epoch for epoch, _ in drawn])
+
+    def _mismatch(self, drawn: Sequence[tuple[int, int]], places: range, positions: range) -> Batch:
+        """The batch with its prompts once more, each with the answer of another row."""
+        whole = [self._row(place) for place in places]
+        others = self.examples.mismatched([row for _, row in whole])
+        both = self._batch([*drawn, *(whole[others[position]] for position in positions)])
+        num = len(drawn)
+        batch = both.select(range(num))
+        if batch.num_answers != num:
+            raise DataError("Only single answers can be put to other prompts; got pairs or groups.")
+        content = both.content.recombine(range(num), range(num, 2 * num))
+        return replace(batch, mismatched=replace(batch, content=content))
 
     def _row(self, place: int) -> tuple[int, int]:
         """(epoch, row) of the `place`-th row of the whole run."""

@@ -69,6 +69,13 @@ class ImageContent:
             prompts=self.prompts.select(groups),
         )
 
+    def recombine(self, groups: Sequence[int], answers: Sequence[int]) -> ImageContent:
+        """Groups of one: the prompt of `groups[i]` with the image `answers[i]`, whosever it is.
+
+        Sizes and crop stay with the image: they are facts about it, not about its prompt.
+        """
+        return self.select(groups, answers)
+
 
 @dataclass(frozen=True)
 class ImageDraw:

@@ -1,14 +1,13 @@
-"""Preference pairs of images as prepared examples: latents and prompt embeddings, encoded once.
+"""Image rows as prepared examples: latents and prompt embeddings, encoded once.
 
 A training step then runs the UNet and nothing else. Augmentation is keyed by (seed, epoch, row):
-the crop, flip and caption dropout of a row are the same for both of its images.
+the crop, flip and caption dropout of a row are the same for all of its images.
 """
 
 from __future__ import annotations
 
-import logging
-from collections import Counter, OrderedDict
-from collections.abc import Sequence
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,8 +15,10 @@ from PIL.Image import Image
 from torch import Tensor
 
 from alignkit.batches import Batch
+from alignkit.columns import Sieve
 from alignkit.draws import generator
 from alignkit.errors import DataError
+from alignkit.labels import Labels
 from alignkit.options import ImageOptions
 from alignkit.rows import Rows
 from alignkit_diffusion.autoencoder import Autoencoder
@@ -25,9 +26,8 @@ from alignkit_diffusion.conditioning import PromptTable
 from alignkit_diffusion.content import ImageContent
 from alignkit_diffusion.families import Family
 from alignkit_diffusion.images import Augmentation, Placement
-from alignkit_diffusion.pairs import Pair, Picture, open_rows, read_pairs, reopen, where
-
-logger = logging.getLogger(__name__)
+from alignkit_diffusion.pictures import Picture, reopen, where
+from alignkit_diffusion.rows import ImageRow, open_rows, read_examples
 
 AUGMENTED_BYTES = 4 * 2**30
 """Memory for latents of random crops and flips; the least recently used are encoded again."""
@@ -37,7 +37,7 @@ Variant = tuple[str, Placement]
 
 
 class LatentStore:
-    """Latents by content and placement, so that an image in many pairs is encoded once.
+    """Latents by content and placement, so that an image in many rows is encoded once.
 
     Args:
         autoencoder: encodes.
@@ -97,8 +97,8 @@ class LatentStore:
             self._bytes -= oldest.nbytes
 
 
-class ImagePairs:
-    """Prepared pairs: the `Examples` of this wing.
+class ImageExamples:
+    """Prepared rows: the `Examples` of this wing.
 
     Attributes:
         skipped: reason -> rows left out by the options.
@@ -106,72 +106,56 @@ class ImagePairs:
 
     def __init__(
         self,
-        pairs: Sequence[Pair],
+        rows: Sequence[ImageRow],
         latents: LatentStore,
         prompts: PromptTable,
         options: ImageOptions,
         *,
         seed: int,
-        skipped: Counter[str],
+        skipped: Mapping[str, int],
     ) -> None:
         self.skipped = dict(skipped)
-        self._pairs = list(pairs)
+        self._rows = list(rows)
+        self._labels = Labels([row.number for row in rows], [row.label for row in rows])
         self._latents = latents
         self._prompts = prompts
         self._options = options
         self._seed = seed
-        self._has_weight = any(pair.weight is not None for pair in pairs)
-        self._has_margin = any(pair.margin is not None for pair in pairs)
-        self._has_p_chosen = any(pair.p_chosen is not None for pair in pairs)
 
     def __len__(self) -> int:
-        return len(self._pairs)
+        return len(self._rows)
 
     def collate(self, indices: Sequence[int], epochs: Sequence[int]) -> Batch:
-        """The given pairs as a batch of groups of two, chosen first; both ranks are 0 in a tie."""
-        pairs = [self._pairs[index] for index in indices]
+        """The given rows as a batch; of a tied pair both ranks are 0."""
+        rows = [self._rows[index] for index in indices]
         prompts = [
-            None if self._drops_caption(pair, epoch) else pair.prompt
-            for pair, epoch in zip(pairs, epochs, strict=True)
+            None if self._drops_caption(row, epoch) else row.prompt
+            for row, epoch in zip(rows, epochs, strict=True)
         ]
         latents, geometry = [], []
-        for pair, epoch in zip(pairs, epochs, strict=True):
-            augmentation = augment(self._options, self._seed, epoch, pair.row)
-            for picture in (pair.chosen, pair.rejected):
+        for row, epoch in zip(rows, epochs, strict=True):
+            augmentation = augment(self._options, self._seed, epoch, row.number)
+            for picture in row.pictures:
                 placement = place(picture, self._options, augmentation)
                 latents.append(self._latents.get(picture, placement))
                 geometry.append(placement.time_ids())
-        num = len(pairs)
-        return Batch(
-            content=ImageContent(
-                tuple(latents),
-                torch.tensor(geometry, dtype=torch.float32).reshape(2 * num, 6),
-                self._prompts.look_up(prompts),
-            ),
-            group=torch.arange(num).repeat_interleave(2),
-            rank=torch.tensor(
-                [rank for pair in pairs for rank in (0, 0 if pair.tie else 1)], dtype=torch.int64
-            ),
-            position=torch.arange(num),
-            row_id=torch.tensor([pair.row for pair in pairs], dtype=torch.int64),
-            weight=_numbers(self._has_weight, [pair.weight for pair in pairs], 1.0),
-            target_margin=_numbers(self._has_margin, [pair.margin for pair in pairs], 0.0),
-            p_chosen=_numbers(self._has_p_chosen, [pair.p_chosen for pair in pairs], 1.0),
+        content = ImageContent(
+            tuple(latents),
+            torch.tensor(geometry, dtype=torch.float32).reshape(len(latents), 6),
+            self._prompts.look_up(prompts),
         )
+        return self._labels.batch(content, indices)
 
-    def _drops_caption(self, pair: Pair, epoch: int) -> bool:
+    def mismatched(self, indices: Sequence[int]) -> list[int]:
+        return self._labels.mismatched(indices, [self._rows[index].prompt for index in indices])
+
+    def _drops_caption(self, row: ImageRow, epoch: int) -> bool:
         share = self._options.caption_dropout
-        return share > 0 and generator("caption", self._seed, epoch, pair.row).random() < share
-
-
-def _numbers(present: bool, values: Sequence[float | None], default: float) -> Tensor | None:
-    if not present:
-        return None
-    return torch.tensor([default if v is None else v for v in values], dtype=torch.float32)
+        return share > 0 and generator("caption", self._seed, epoch, row.number).random() < share
 
 
 def augment(options: ImageOptions, seed: int, epoch: int, row: int) -> Augmentation:
-    """What a row does to both of its images in an epoch."""
+    """What a row does to all its images in an epoch."""
     key = (seed, epoch, row)
     crop = generator("crop", *key) if options.crop == "random" else None
     flip = generator("flip", *key) if options.flip else None
@@ -183,48 +167,47 @@ def place(picture: Picture, options: ImageOptions, augmentation: Augmentation) -
     return Placement.of(picture.height, picture.width, options.resolution, augmentation)
 
 
-def prepare_pairs(
+def prepare_examples(
     data: Any,
     options: ImageOptions,
     *,
+    kind: str,
     pipe: Any,
     family: Family,
     autoencoder: Autoencoder,
     device: torch.device,
     seed: int,
-) -> ImagePairs:
-    """Read, check and encode image pairs.
+) -> ImageExamples:
+    """Read, check and encode image rows.
 
     Without random crops and flips every image is encoded here, and the VAE is done; with them, a
     variant is encoded when its epoch first needs it.
 
     Raises:
         ConfigError: a renamed column is not one of image rows.
-        DataError: see `pairs.open_rows` and `pairs.read_pairs`; or no row is usable.
+        DataError: see `rows.open_rows` and `rows.read_examples`; or no row is usable.
     """
-    rows = open_rows(data, options)
+    opened = open_rows(data, options, kind)
     fixed = options.crop == "center" and not options.flip
-    latents = LatentStore(autoencoder, rows, None if fixed else AUGMENTED_BYTES)
-    skipped: Counter[str] = Counter()
+    latents = LatentStore(autoencoder, opened, None if fixed else AUGMENTED_BYTES)
+    sieve = Sieve(opened, options.on_bad_row)
 
     def on_image(picture: Picture, image: Image) -> None:
         if fixed:
             latents.queue(picture, place(picture, options, Augmentation()), image)
 
-    pairs = list(read_pairs(rows, options, skipped, on_image))
+    rows = list(read_examples(opened, kind, options, sieve, on_image))
     latents.flush()
-    if skipped:
-        listed = ", ".join(f"{reason}: {count}" for reason, count in sorted(skipped.items()))
-        logger.warning("Left out %d of %d rows (%s).", skipped.total(), len(rows), listed)
-    if not pairs:
+    sieve.warn()
+    if not rows:
         raise DataError(
-            f"Data must hold at least one usable pair; {rows.name} has none. Left out: "
-            f"{dict(skipped)}."
+            f"Data must hold at least one usable row; {opened.name} has none. Left out: "
+            f"{dict(sieve.skipped)}."
         )
-    prompts = PromptTable(pipe, family, (pair.prompt for pair in pairs), device)
+    prompts = PromptTable(pipe, family, (row.prompt for row in rows), device)
     if fixed:
         autoencoder.release()
-    return ImagePairs(pairs, latents, prompts, options, seed=seed, skipped=skipped)
+    return ImageExamples(rows, latents, prompts, options, seed=seed, skipped=sieve.skipped)
 
 
 def distinct_prompts(data: Any, options: ImageOptions, limit: int) -> list[str]:

@@ -15,21 +15,10 @@ from numpy.random import Generator
 from PIL import Image, ImageOps
 from torch import Tensor
 
+from alignkit.columns import BadRow
+
 MAX_ASPECT = 32
 """An image whose sides differ by more is a bar; resizing its short side up would take gigabytes."""
-
-
-class BadRow(Exception):
-    """A row that cannot be used; the data's policy decides whether that is an error.
-
-    Args:
-        reason: a few words, the same for all rows of the kind; rows are counted under it.
-        detail: what is wrong with this row and what was expected.
-    """
-
-    def __init__(self, reason: str, detail: str) -> None:
-        super().__init__(detail)
-        self.reason = reason
 
 
 def open_image(source: Any, folder: Path | None) -> Image.Image:

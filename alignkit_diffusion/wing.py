@@ -10,15 +10,15 @@ from typing import Any
 import torch
 
 from alignkit.adapters import active_adapters, adapter_on, adapters_off
+from alignkit.columns import check_kind
 from alignkit.errors import ConfigError
 from alignkit.options import GenerationOptions, ImageOptions, LoRA
 from alignkit_diffusion import lora
 from alignkit_diffusion.autoencoder import Autoencoder
-from alignkit_diffusion.data import ImagePairs, distinct_prompts, prepare_pairs
+from alignkit_diffusion.data import ImageExamples, distinct_prompts, prepare_examples
 from alignkit_diffusion.generation import sample_images
 from alignkit_diffusion.likelihood import DenoisingLikelihood, ImageBackend
 from alignkit_diffusion.memory import MemoryModel
-from alignkit_diffusion.pairs import check_kind
 from alignkit_diffusion.policy import Policy, factor_of, load_policy, native_size
 
 UNIT = "half the mean squared denoising error per latent element, at a shared timestep and noise"
@@ -153,14 +153,13 @@ class ImageWing:
 
     def examples(
         self, data: Any, options: ImageOptions | None, *, kind: str, seed: int
-    ) -> ImagePairs:
-        """Read, check and encode image pairs; see `data.prepare_pairs`.
+    ) -> ImageExamples:
+        """Read, check and encode image rows; see `data.prepare_examples`.
 
         Args:
-            data: a file, folder, hub name, dataset or list of rows; columns as in `pairs.PLAIN` or
-                `pairs.PICK_A_PIC`.
+            data: a file, folder, hub name, dataset or list of rows; columns as in `rows.LAYOUTS`.
             options: None takes the wing's default.
-            kind: "pairs".
+            kind: "pairs", "groups" or "unpaired".
             seed: of augmentation.
 
         Raises:
@@ -169,9 +168,10 @@ class ImageWing:
         """
         options = self._checked(options)
         check_kind(kind)
-        return prepare_pairs(
+        return prepare_examples(
             data,
             options,
+            kind=kind,
             pipe=self.policy,
             family=self._family,
             autoencoder=self._autoencoder,

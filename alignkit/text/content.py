@@ -36,6 +36,14 @@ class TextContent:
             owner=tuple(place[self.owner[a]] for a in answers),
         )
 
+    def recombine(self, groups: Sequence[int], answers: Sequence[int]) -> TextContent:
+        """Groups of one: the prompt of `groups[i]` with the answer `answers[i]`, whosever it is."""
+        return TextContent(
+            prompts=tuple(self.prompts[g] for g in groups),
+            completions=tuple(self.completions[a] for a in answers),
+            owner=tuple(range(len(answers))),
+        )
+
     def lengths(self) -> list[int]:
         """Tokens of each answer with its prompt."""
         return [

@@ -1,283 +1,170 @@
-"""Preference rows as token ids: each text rendered and tokenised once, cut by stated rules."""
+"""Preference rows of the text wing as prepared examples: pairs, rankings, single answers."""
 
 from __future__ import annotations
 
-import logging
-from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
 
 from alignkit.batches import Batch
+from alignkit.columns import SAME, TIE, BadRow, Column, Sieve, check_columns
 from alignkit.errors import DataError
+from alignkit.labels import Label, Labels, group_label, pair_label, single_label
 from alignkit.options import TextOptions
-from alignkit.text.columns import NEUTRAL, TOKENS, check_columns, numbers_of
+from alignkit.rows import Rows
 from alignkit.text.content import Ids, TextContent
-from alignkit.text.formats import BadRow, Rendered, left_open, render_pair, single_bos
+from alignkit.text.formats import Rendered, is_messages, render_answers
+from alignkit.text.tokens import PAIR_IDS, Limits, Splitter, ids_of, tokenise
 
-log = logging.getLogger("alignkit")
+LAYOUTS: Mapping[str, tuple[tuple[Column, ...], ...]] = {
+    "pairs": (("chosen", "rejected"), PAIR_IDS),
+    "groups": (("prompt", "responses", ("ranking", "scores")),),
+    "unpaired": (("prompt", "completion", "label"),),
+}
+"""Kind of rows -> the ways to write them; a pair's prompt may be what its answers share."""
+
+IMAGES = ("image", "images")
 
 
 @dataclass(frozen=True)
-class TokenPair:
-    """A row as ids: one prompt, two completions; `number` is its place in the data."""
+class TokenRow:
+    """A row as ids: one prompt and its answers; `number` is its place in the data."""
 
     number: int
     prompt: Ids
-    chosen: Ids
-    rejected: Ids
+    answers: tuple[Ids, ...]
 
 
-class TextPairs:
-    """Preference pairs of a text wing, as `Examples`."""
+class TextExamples:
+    """Prepared rows of a text wing, as `Examples`.
+
+    Attributes:
+        rows: the usable rows.
+        skipped: reason -> how many rows were left out.
+        chat: whether any row was rendered by the chat template.
+    """
 
     def __init__(
         self,
-        pairs: Sequence[TokenPair],
-        columns: Mapping[str, np.ndarray],
+        rows: Sequence[TokenRow],
+        labels: Sequence[Label],
         skipped: Mapping[str, int],
         chat: bool,
     ) -> None:
-        self.pairs = pairs
-        self.columns = columns
+        self.rows = rows
+        self.labels = Labels([row.number for row in rows], labels)
         self.skipped = skipped
         self.chat = chat
 
     def __len__(self) -> int:
-        return len(self.pairs)
+        return len(self.rows)
 
     def collate(self, indices: Sequence[int], epochs: Sequence[int]) -> Batch:
-        pairs = [self.pairs[index] for index in indices]
-        num = len(pairs)
-        completions = [ids for pair in pairs for ids in (pair.chosen, pair.rejected)]
-        columns: dict[str, Any] = {
-            name: torch.from_numpy(values[list(indices)]) for name, values in self.columns.items()
-        }
-        return Batch(
-            content=TextContent(
-                prompts=tuple(pair.prompt for pair in pairs),
-                completions=tuple(completions),
-                owner=tuple(place // 2 for place in range(2 * num)),
-            ),
-            group=torch.arange(2 * num) // 2,
-            rank=torch.arange(2 * num) % 2,
-            position=torch.arange(num),
-            row_id=torch.tensor([pair.number for pair in pairs]),
-            **columns,
+        rows = [self.rows[index] for index in indices]
+        content = TextContent(
+            prompts=tuple(row.prompt for row in rows),
+            completions=tuple(answer for row in rows for answer in row.answers),
+            owner=tuple(place for place, row in enumerate(rows) for _ in row.answers),
         )
+        return self.labels.batch(content, indices)
+
+    def mismatched(self, indices: Sequence[int]) -> list[int]:
+        return self.labels.mismatched(indices, [self.rows[i].prompt.tobytes() for i in indices])
 
 
-def read_pairs(rows: Any, tokenizer: Any, options: TextOptions) -> TextPairs:
+def read_examples(rows: Rows, tokenizer: Any, options: TextOptions, kind: str) -> TextExamples:
     """Check, tokenise and cut preference rows.
 
     Args:
-        rows: sequence of dicts with `prompt`, `chosen`, `rejected` (strings or messages), or
-            `chosen` and `rejected` sharing their first part, or `prompt_ids`, `chosen_ids`,
-            `rejected_ids`; optional `weight`, `margin`, `p_chosen`.
+        rows: with the columns of `LAYOUTS`; texts are strings or messages. On any kind `weight`, on
+            pairs `margin`, `p_chosen`, `score_chosen` and `score_rejected`.
         tokenizer: of the policy; not changed.
         options: limits and policies.
+        kind: "pairs", "groups" or "unpaired".
 
     Raises:
         DataError: for missing columns, or for a bad row under `on_bad_row="error"`.
     """
-    reader = _Reader(tokenizer, options, name=getattr(rows, "name", "the data"))
-    rendered: list[tuple[int, Rendered | Mapping[str, Any]]] = []
-    numbers: dict[str, list[float]] = {}
+    sieve = Sieve(rows, options.on_bad_row)
+    read = []
     for number, row in enumerate(rows):
-        check_columns(row, reader.name)
-        with reader.guard(number):
-            values = numbers_of(row)
-            rendered.append((number, row if TOKENS[0] in row else render_pair(tokenizer, row)))
-            for column, value in values.items():
-                numbers.setdefault(column, [float("nan")] * number).append(value)
-        for held in numbers.values():
-            held.extend([float("nan")] * (number + 1 - len(held)))
-    tokens = _tokenise(tokenizer, [r for _, r in rendered if isinstance(r, Rendered)])
-    pairs: list[TokenPair] = []
-    for number, item in rendered:
-        with reader.guard(number):
-            triple = reader.split(item, tokens) if isinstance(item, Rendered) else reader.ids(item)
-            pair = reader.finish(number, *triple)
-            if pair is not None:
-                pairs.append(pair)
-    reader.warn()
-    places = [pair.number for pair in pairs]
-    columns = {
-        name: np.nan_to_num(np.asarray(values, dtype=np.float32)[places], nan=NEUTRAL[name])
-        for name, values in numbers.items()
-    }
-    chat = any(isinstance(item, Rendered) and item.chat for _, item in rendered)
-    return TextPairs(pairs, columns, dict(reader.skipped), chat)
+        _refuse_images(row, rows.name)
+        check_columns(row, kind, LAYOUTS, rows.name)
+        with sieve.guard(number):
+            read.append((number, *_READERS[kind](tokenizer, row)))
+    tokens = tokenise(tokenizer, [item for _, item, _ in read if isinstance(item, Rendered)])
+    splitter, limits = Splitter(tokenizer, tokens), Limits(options)
+    usable, labels = [], []
+    for number, item, label in read:
+        with sieve.guard(number):
+            prompt, answers = splitter.split(item) if isinstance(item, Rendered) else item
+            cut = TokenRow(number, *limits.cut(splitter.begun(prompt), answers))
+            if _teaches(cut, label, kind, sieve, options):
+                usable.append(cut)
+                labels.append(label)
+    limits.warn(rows.name)
+    splitter.warn(rows.name)
+    sieve.warn()
+    chat = any(isinstance(item, Rendered) and item.chat for _, item, _ in read)
+    return TextExamples(usable, labels, dict(sieve.skipped), chat)
 
 
-def _tokenise(tokenizer: Any, rendered: Sequence[Rendered]) -> dict[tuple[str, bool], Ids]:
-    """Each distinct text once, in one batched call per kind."""
-    tokens: dict[tuple[str, bool], Ids] = {}
-    for chat in (True, False):
-        items = [item for item in rendered if item.chat == chat]
-        texts = dict.fromkeys(
-            text for item in items for text in (item.prompt, *item.full) if text is not None
-        )
-        if not texts:
-            continue
-        # A chat template has placed BOS and EOS itself; adding them again would double them.
-        ids = tokenizer(
-            list(texts), add_special_tokens=not chat, return_attention_mask=False, verbose=False
-        )["input_ids"]
-        for text, one in zip(texts, ids, strict=True):
-            tokens[text, chat] = np.asarray(one, dtype=np.int32)
-    return tokens
+Tokens = tuple[Ids, tuple[Ids, ...]]
+"""A prompt and its answers as ids."""
 
 
-def common_prefix(*ids: Ids) -> int:
-    """How many first ids all arrays share."""
-    length = min(len(one) for one in ids)
-    same = np.ones(length, dtype=bool)
-    for one in ids[1:]:
-        same &= ids[0][:length] == one[:length]
-    return length if same.all() else int(same.argmin())
+def _pair(tokenizer: Any, row: Mapping[str, Any]) -> tuple[Rendered | Tokens, Label]:
+    label = pair_label(row)
+    if PAIR_IDS[0] in row:
+        prompt, *answers = (ids_of(row, column) for column in PAIR_IDS)
+        return (prompt, tuple(answers)), label
+    answers_of = {name: row[name] for name in ("chosen", "rejected")}
+    return render_answers(tokenizer, row.get("prompt"), answers_of), label
 
 
-class _Reader:
-    """From rendered rows to token pairs, with the policies for what cannot be used."""
+def _group(tokenizer: Any, row: Mapping[str, Any]) -> tuple[Rendered | Tokens, Label]:
+    responses = row["responses"]
+    if not is_messages(responses):
+        raise BadRow("bad responses", f"responses is a list of answers; got {responses!r}")
+    places, label = group_label(row, len(responses))
+    answers = {f"responses[{place}]": responses[place] for place in places}
+    return render_answers(tokenizer, row["prompt"], answers), label
 
-    def __init__(self, tokenizer: Any, options: TextOptions, name: str) -> None:
-        self.tokenizer = tokenizer
-        self.options = options
-        self.name = name
-        self.eos = tokenizer.eos_token_id
-        self.bos = tokenizer.bos_token_id
-        self.skipped: Counter[str] = Counter()
-        self.truncated = 0
-        self.merged = 0
-        self.number = -1
 
-    def guard(self, number: int) -> _Reader:
-        """A context that turns a `BadRow` into an error or a counted skip, by policy."""
-        self.number = number
-        return self
+def _single(tokenizer: Any, row: Mapping[str, Any]) -> tuple[Rendered | Tokens, Label]:
+    answers = {"completion": row["completion"]}
+    return render_answers(tokenizer, row["prompt"], answers), single_label(row)
 
-    def __enter__(self) -> None:
-        pass
 
-    def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> bool:
-        if not isinstance(error, BadRow):
-            return False
-        if self.options.on_bad_row == "skip":
-            self.skipped[str(error)] += 1
-            return True
+_READERS: Mapping[str, Callable[[Any, Mapping[str, Any]], tuple[Rendered | Tokens, Label]]] = {
+    "pairs": _pair,
+    "groups": _group,
+    "unpaired": _single,
+}
+
+
+def _teaches(row: TokenRow, label: Label, kind: str, sieve: Sieve, options: TextOptions) -> bool:
+    """Whether the row prefers something; if not, it is left out by policy."""
+    if kind == "unpaired":
+        return True
+    first = row.answers[0]
+    same = all(np.array_equal(first, other) for other in row.answers[1:])
+    if same and options.identical_pairs != "keep":
+        how = options.identical_pairs
+        sieve.leave_out(row.number, SAME[kind], option="identical_pairs", how=how, fix="skip")
+        return False
+    if label.tie:
+        sieve.skipped[TIE] += 1
+        return False
+    return True
+
+
+def _refuse_images(row: Mapping[str, Any], name: str) -> None:
+    images = [column for column in IMAGES if row.get(column)]
+    if images:
         raise DataError(
-            f"Row {self.number} of {self.name} cannot be used: {error}. Mend the row, or leave "
-            "such "
-            'rows out, counted, with data_options.on_bad_row="skip".'
-        ) from None
-
-    def split(self, item: Rendered, tokens: Mapping[tuple[str, bool], Ids]) -> tuple[Ids, Ids, Ids]:
-        """Prompt and completions by token ids.
-
-        The prompt ends where the ids of prompt and answers part. Where the tokenizer merges the
-        prompt's last characters with the answer's first, that token belongs to the completion.
-        """
-        full = [self._closed(tokens[text, item.chat], item) for text in item.full]
-        known = full
-        if item.prompt is not None:
-            prompt = tokens[item.prompt, item.chat]
-            known = [prompt if item.chat else left_open(self.tokenizer, item.prompt, prompt), *full]
-        boundary = common_prefix(*known)
-        if item.prompt is None and boundary <= int(not item.chat and full[0][0] == self.bos):
-            raise BadRow(
-                "there is no prompt column, and chosen and rejected have no first words in common"
-            )
-        if item.prompt is not None and boundary < len(known[0]):
-            self.merged += 1
-        # An answer that is a prefix of the other still has its last token as completion.
-        boundary = min(boundary, *(len(one) - 1 for one in full))
-        return full[0][:boundary], full[0][boundary:], full[1][boundary:]
-
-    def _closed(self, ids: Ids, item: Rendered) -> Ids:
-        """Plain text ends with eos and begins with bos once; a chat template places them itself."""
-        if item.chat:
-            return ids
-        ids = single_bos(self.tokenizer, ids)
-        if self.eos is not None and (len(ids) == 0 or ids[-1] != self.eos):
-            ids = np.append(ids, np.int32(self.eos))
-        return ids
-
-    def ids(self, row: Mapping[str, Any]) -> tuple[Ids, Ids, Ids]:
-        arrays = []
-        for column in TOKENS:
-            try:
-                array = np.asarray(row[column])
-            except (TypeError, ValueError) as error:
-                raise BadRow(f"{column} must be a list of token ids") from error
-            if array.ndim != 1 or (column != "prompt_ids" and len(array) == 0):
-                raise BadRow(f"{column} must be a non-empty list of token ids")
-            whole = len(array) == 0 or array.dtype.kind in "iu"
-            if not whole or not ((array >= 0) & (array < 2**31)).all():
-                raise BadRow(f"{column} must be a list of token ids, integers of at least 0")
-            arrays.append(array.astype(np.int32))
-        return arrays[0], arrays[1], arrays[2]
-
-    def finish(self, number: int, prompt: Ids, chosen: Ids, rejected: Ids) -> TokenPair | None:
-        """The row within the limits, or None if it is left out by policy."""
-        if len(prompt) == 0:
-            context = self.bos if self.bos is not None else self.eos
-            if context is None:
-                raise BadRow(
-                    "the prompt is empty and the tokenizer has no bos or eos to begin with"
-                )
-            prompt = np.asarray([context], dtype=np.int32)
-        prompt, chosen, rejected = self._cut(prompt, chosen, rejected)
-        if np.array_equal(chosen, rejected) and self.options.identical_pairs != "keep":
-            if self.options.identical_pairs == "error":
-                raise DataError(
-                    f"Row {number} of {self.name}: chosen and rejected are the same. Remove the "
-                    "row, or "
-                    'set data_options.identical_pairs to "skip" or "keep".'
-                )
-            self.skipped["chosen and rejected are the same"] += 1
-            return None
-        return TokenPair(number, prompt, chosen, rejected)
-
-    def _cut(self, prompt: Ids, chosen: Ids, rejected: Ids) -> tuple[Ids, Ids, Ids]:
-        limit, mode = self.options.max_length, self.options.truncation
-        longest = max(len(chosen), len(rejected))
-        if len(prompt) + longest <= limit:
-            return prompt, chosen, rejected
-        if mode == "error":
-            raise BadRow(
-                f"prompt and answer have {len(prompt) + longest} tokens, above max_length {limit}"
-            )
-        self.truncated += 1
-        if mode == "keep_end":
-            # The prompt loses its start, down to one token; the answers keep what then fits.
-            prompt = prompt[-max(1, limit - longest) :]
-        room = limit - len(prompt)
-        if room < 1:
-            raise BadRow(
-                f"the prompt alone has {len(prompt)} tokens and leaves no room for an answer below "
-                f"max_length {limit}"
-            )
-        return prompt, chosen[:room], rejected[:room]
-
-    def warn(self) -> None:
-        if self.truncated:
-            log.warning(
-                "%s: %d rows were longer than max_length=%d and were cut (truncation=%r).",
-                self.name,
-                self.truncated,
-                self.options.max_length,
-                self.options.truncation,
-            )
-        if self.merged:
-            log.warning(
-                "%s: in %d rows the prompt's last token merges with the answer's first; that token "
-                "counts to the answer.",
-                self.name,
-                self.merged,
-            )
-        for reason, count in self.skipped.items():
-            log.warning("%s: %d rows left out: %s.", self.name, count, reason)
+            f"{name} has image columns {images}: vision-language policies are not supported. "
+            "Remove the columns, or give a diffusion pipeline as policy."
+        )

@@ -12,13 +12,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeGuard
 
+from alignkit.columns import BadRow
 from alignkit.errors import DataError
 
 Messages = list[dict[str, Any]]
-
-
-class BadRow(Exception):
-    """A row that cannot be used, and why; becomes a DataError or a counted skip."""
 
 
 @dataclass(frozen=True)
@@ -75,41 +72,49 @@ def messages_of(value: Any, name: str) -> Messages:
     return [dict(message) for message in value]
 
 
-def render_pair(tokenizer: Any, row: Mapping[str, Any]) -> Rendered:
-    """A preference row of any of the accepted shapes.
+def render_answers(tokenizer: Any, prompt: Any, answers: Mapping[str, Any]) -> Rendered:
+    """A prompt and its answers in any of the accepted shapes.
+
+    Args:
+        tokenizer: its chat template renders message lists.
+        prompt: a string, messages, or None for what two or more answers have in common.
+        answers: their name in errors -> string or messages.
 
     Raises:
         BadRow: if the row cannot be used.
         DataError: if no row of this kind could be.
     """
-    chosen, rejected = row["chosen"], row["rejected"]
-    prompt = row.get("prompt")
-    chat = is_messages(prompt) or (prompt is None and is_messages(chosen))
-    if chat:
-        return _render_chat(tokenizer, prompt, chosen, rejected)
-    for name, value in (("prompt", prompt), ("chosen", chosen), ("rejected", rejected)):
-        if value is None and name == "prompt":
-            continue
+    if prompt is None and len(answers) < 2:
+        raise BadRow("there is no prompt")
+    if is_messages(prompt) or (prompt is None and is_messages(next(iter(answers.values())))):
+        return _render_chat(tokenizer, prompt, answers)
+    given = answers if prompt is None else {"prompt": prompt, **answers}
+    for name, value in given.items():
         if not isinstance(value, str):
-            raise BadRow(f"{name} must be a string like the others; got {type(value).__name__}")
-        if name != "prompt" and not value.strip():
+            kind = type(value).__name__
+            raise BadRow(
+                f"{name} must be a string", f"{name} must be a string like the others; got {kind}"
+            )
+    for name, value in answers.items():
+        if not value.strip():
             raise BadRow(f"{name} is empty")
-    full = tuple((prompt or "") + answer for answer in (chosen, rejected))
-    return Rendered(prompt, full, chat=False)
+    return Rendered(prompt, tuple((prompt or "") + value for value in answers.values()), chat=False)
 
 
-def _render_chat(tokenizer: Any, prompt: Any, chosen: Any, rejected: Any) -> Rendered:
-    answers = [messages_of(chosen, "chosen"), messages_of(rejected, "rejected")]
+def _render_chat(tokenizer: Any, prompt: Any, given: Mapping[str, Any]) -> Rendered:
+    answers = [messages_of(value, name) for name, value in given.items()]
     if prompt is None:
         shared = _shared_turns(*answers)
         opening, answers = answers[0][:shared], [answer[shared:] for answer in answers]
     else:
         opening = messages_of(prompt, "prompt")
-    for name, answer in zip(("chosen", "rejected"), answers, strict=True):
+    for name, answer in zip(given, answers, strict=True):
         if not any(str(m.get("content") or "").strip() or m.get("tool_calls") for m in answer):
             raise BadRow(f"{name} is empty")
     if not opening:
-        raise BadRow("chosen and rejected have no first message in common, so there is no prompt")
+        raise BadRow(
+            f"{' and '.join(given)} have no first message in common, so there is no prompt"
+        )
     if opening[-1]["role"] == "assistant":
         raise BadRow("the prompt ends with an assistant message; an answer must follow a user's")
     return Rendered(
@@ -119,11 +124,11 @@ def _render_chat(tokenizer: Any, prompt: Any, chosen: Any, rejected: Any) -> Ren
     )
 
 
-def _shared_turns(a: Messages, b: Messages) -> int:
-    """How many first messages two conversations share, leaving each at least its last one."""
-    limit = min(len(a), len(b)) - 1
-    shared = next((i for i in range(limit) if a[i] != b[i]), limit)
-    while shared > 0 and a[shared - 1]["role"] == "assistant":
+def _shared_turns(first: Messages, *others: Messages) -> int:
+    """How many first messages conversations share, leaving each at least its last one."""
+    limit = min(len(first), *map(len, others)) - 1
+    shared = next((i for i in range(limit) if any(first[i] != o[i] for o in others)), limit)
+    while shared > 0 and first[shared - 1]["role"] == "assistant":
         shared -= 1
     return shared
 

@@ -12,11 +12,12 @@ import torch
 from torch import nn
 
 from alignkit.adapters import active_adapters, adapter_on, adapters_off
+from alignkit.columns import check_kind
 from alignkit.errors import ConfigError
 from alignkit.memory import align_memory
 from alignkit.options import GenerationOptions, LoRA, TextOptions
 from alignkit.rows import read_rows
-from alignkit.text.data import TextPairs, read_pairs
+from alignkit.text.data import TextExamples, read_examples
 from alignkit.text.formats import left_open, prompt_text, render_prompt
 from alignkit.text.generation import generate
 from alignkit.text.likelihood import TextBackend, TextLikelihood
@@ -106,19 +107,19 @@ class TextWing:
     def trained_adapters(self) -> list[str]:
         return active_adapters(self.policy)
 
-    def examples(self, data: Any, options: TextOptions, *, kind: str, seed: int) -> TextPairs:
-        if kind != "pairs":
-            raise ConfigError(f"The text wing reads preference pairs; got kind {kind!r}.")
-        pairs = read_pairs(read_rows(data, columns=options.columns), self.tokenizer, options)
-        self._check_vocabulary(pairs)
-        self.chat = pairs.chat
-        return pairs
+    def examples(self, data: Any, options: TextOptions, *, kind: str, seed: int) -> TextExamples:
+        check_kind(kind)
+        rows = read_rows(data, columns=options.columns)
+        examples = read_examples(rows, self.tokenizer, options, kind)
+        self._check_vocabulary(examples)
+        self.chat = examples.chat
+        return examples
 
-    def _check_vocabulary(self, pairs: TextPairs) -> None:
+    def _check_vocabulary(self, examples: TextExamples) -> None:
         """An id beyond the embedding would read past its end (and on a GPU kill the process)."""
         size = self.policy.get_input_embeddings().num_embeddings
         top = max(
-            (int(ids.max()) for p in pairs.pairs for ids in (p.prompt, p.chosen, p.rejected)),
+            (int(ids.max()) for row in examples.rows for ids in (row.prompt, *row.answers)),
             default=0,
         )
         if top >= size:

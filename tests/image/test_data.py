@@ -258,7 +258,7 @@ def test_ties_under_three_policies(wing: Any) -> None:
     batch = everything(half)
     assert batch.p_chosen.tolist() == [1, 0.5, 1]
     assert batch.rank.tolist() == [0, 1, 0, 0, 0, 1]
-    with pytest.raises(DataError, match=r"Row 1 .*winner.*tie.*ties=\"drop\""):
+    with pytest.raises(DataError, match=r"Row 1 .*tie.*ties=\"drop\""):
         read(wing, rows, ties="error")
 
 
@@ -267,10 +267,10 @@ def test_identical_pairs_under_three_policies(wing: Any, rows: Rows) -> None:
     rows[1]["chosen"].save(png, "PNG")
     data = [rows[0], {**rows[1], "rejected": png.getvalue()}, rows[2]]
     skipped = read(wing, data)
-    assert len(skipped) == 2 and skipped.skipped == {"identical pair": 1}
+    assert len(skipped) == 2 and skipped.skipped == {"chosen and rejected are the same": 1}
     kept = read(wing, data, identical_pairs="keep")
     assert len(kept) == 3 and kept.skipped == {}
-    with pytest.raises(DataError, match=r"Row 1 .*identical pair"):
+    with pytest.raises(DataError, match=r"Row 1 .*are the same"):
         read(wing, data, identical_pairs="error")
 
 
@@ -327,9 +327,9 @@ def test_missing_columns_are_named_with_the_nearest(wing: Any, rows: Rows) -> No
     with pytest.raises(DataError) as caught:
         read(wing, data)
     text = str(caught.value)
-    assert "lacks 'rejected'" in text and "Did you mean 'rejcted'?" in text
+    assert "'rejected' is missing" in text and "Did you mean 'rejcted'?" in text
     assert "chosen, prompt, rejcted" in text
-    with pytest.raises(DataError, match="lacks 'label_0'"):
+    with pytest.raises(DataError, match="'label_0' is missing"):
         read(wing, [{"caption": "x", "jpg_0": b"", "jpg_1": b""}])
 
 
@@ -383,7 +383,7 @@ def test_bad_rows_of_a_file_name_the_line(
 def test_nothing_usable(wing: Any, rows: Rows) -> None:
     with pytest.raises(DataError, match="at least one row"):
         read(wing, [])
-    with pytest.raises(DataError, match=r"at least one usable pair.*'tie': 1"):
+    with pytest.raises(DataError, match=r"at least one usable row.*'tie': 1"):
         read(wing, pick_a_pic([0.5]))
 
 
@@ -427,8 +427,8 @@ def test_distinct_prompts(wing: Any, rows: Rows) -> None:
 
 
 def test_other_kinds_and_sizes_are_refused(wing: Any, rows: Rows) -> None:
-    with pytest.raises(ConfigError, match="'unpaired'"):
-        wing.examples(rows, None, kind="unpaired", seed=0)
+    with pytest.raises(ConfigError, match=r"'pears'.*Did you mean 'pairs'"):
+        wing.examples(rows, None, kind="pears", seed=0)
     with pytest.raises(ConfigError, match=r"multiple of 4 .*got 18. Take 16"):
         wing.examples(rows, ImageOptions(resolution=18), kind="pairs", seed=0)
     with pytest.raises(ConfigError, match="multiple of 4"):

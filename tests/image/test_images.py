@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from alignkit.columns import BadRow
 from alignkit.draws import generator
-from alignkit_diffusion.images import Augmentation, BadRow, Placement, digest, open_image
+from alignkit_diffusion.images import Augmentation, Placement, digest, open_image
 from tests.image.conftest import picture
 
 

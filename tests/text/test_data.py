@@ -15,21 +15,21 @@ import torch
 from alignkit.errors import ConfigError, DataError
 from alignkit.options import TextOptions
 from alignkit.rows import read_rows
-from alignkit.text.data import TextPairs, read_pairs
+from alignkit.text.data import TextExamples, read_examples
 from tests.builders import pair_rows, text_wing, tiny_tokenizer
 
 EOS, BOS = 3, 1
 
 
-def read(rows: Any, tokenizer: Any = None, **options: Any) -> TextPairs:
+def read(rows: Any, tokenizer: Any = None, kind: str = "pairs", **options: Any) -> TextExamples:
     opened = read_rows(rows, columns=options.get("columns", {}))
-    return read_pairs(opened, tokenizer or tiny_tokenizer(), TextOptions(**options))
+    return read_examples(opened, tokenizer or tiny_tokenizer(), TextOptions(**options), kind)
 
 
 def one(row: dict[str, Any], tokenizer: Any = None, **options: Any) -> tuple[list[int], ...]:
-    """(prompt, chosen, rejected) ids of a single row."""
-    (pair,) = read([row], tokenizer, **options).pairs
-    return pair.prompt.tolist(), pair.chosen.tolist(), pair.rejected.tolist()
+    """The ids of a single row: of its prompt and of its answers."""
+    (found,) = read([row], tokenizer, **options).rows
+    return found.prompt.tolist(), *(answer.tolist() for answer in found.answers)
 
 
 def ids(text: str) -> list[int]:
@@ -41,8 +41,8 @@ def turn(role: str, content: str) -> dict[str, str]:
     return {"role": role, "content": content}
 
 
-def flat(pairs: TextPairs) -> list[list[int]]:
-    return [side.tolist() for p in pairs.pairs for side in (p.prompt, p.chosen, p.rejected)]
+def flat(examples: TextExamples) -> list[list[int]]:
+    return [ids.tolist() for row in examples.rows for ids in (row.prompt, *row.answers)]
 
 
 CHAT = {
@@ -138,7 +138,7 @@ def test_token_ids_that_are_none_are_a_bad_row(bad) -> None:
     row = {"prompt_ids": [5, 6], "chosen_ids": [7], "rejected_ids": bad}
     with pytest.raises(DataError, match=r"Row 0 .*rejected_ids"):
         one(row)
-    assert read([row, {**row, "rejected_ids": [8]}], on_bad_row="skip").pairs[0].number == 1
+    assert read([row, {**row, "rejected_ids": [8]}], on_bad_row="skip").rows[0].number == 1
 
 
 def test_an_id_beyond_the_embeddings_is_refused() -> None:
@@ -274,7 +274,7 @@ def test_identical_pairs_under_three_policies(shape) -> None:
     }[shape]
     rows = [same, other, same]
     skipped = read(rows)
-    assert [pair.number for pair in skipped.pairs] == [1]
+    assert [row.number for row in skipped.rows] == [1]
     assert skipped.skipped == {"chosen and rejected are the same": 2}
     kept = read(rows, identical_pairs="keep")
     assert len(kept) == 3 and all(flat(kept)), "an answer lost its last token"
@@ -312,12 +312,11 @@ def test_identical_pairs_under_three_policies(shape) -> None:
 )
 def test_a_bad_row_is_named_or_left_out_by_policy(change, words) -> None:
     rows = [PLAIN, {**PLAIN, **change}, PLAIN]
-    with pytest.raises(DataError, match=f"Row 1 of the given list.*{words}"):
+    with pytest.raises(DataError, match=f"Row 1 .*of the given list.*{words}"):
         read(rows)
     pairs = read(rows, on_bad_row="skip")
-    assert [pair.number for pair in pairs.pairs] == [0, 2]
-    (reason,) = pairs.skipped
-    assert words in reason and pairs.skipped[reason] == 1
+    assert [row.number for row in pairs.rows] == [0, 2]
+    assert list(pairs.skipped.values()) == [1]
 
 
 @pytest.mark.parametrize(("wrong", "missing"), [("chosn", "chosen"), ("rejectd", "rejected")])
@@ -427,7 +426,7 @@ def test_the_same_rows_from_anywhere_are_the_same_examples(kind, chat, tmp_path)
     expected = read(rows)
     found = read(written(kind, rows, tmp_path))
     assert flat(found) == flat(expected) and found.chat == chat
-    assert found.columns["weight"].tolist() == [0.5, 1.5, 2.5, 3.5, 4.5, 5.5]
+    assert found.collate(range(6), [0] * 6).weight.tolist() == [0.5, 1.5, 2.5, 3.5, 4.5, 5.5]
 
 
 def test_a_batch_is_selected_by_group_in_any_order() -> None:

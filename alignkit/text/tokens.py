@@ -1,0 +1,185 @@
+"""From rendered rows to token ids: each text tokenised once, split by ids, cut by stated rules."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from alignkit.columns import BadRow
+from alignkit.options import TextOptions
+from alignkit.text.content import Ids
+from alignkit.text.formats import Rendered, left_open, single_bos
+
+log = logging.getLogger("alignkit")
+
+PAIR_IDS = ("prompt_ids", "chosen_ids", "rejected_ids")
+
+Tokens = Mapping[tuple[str, bool], Ids]
+"""(text, rendered by a chat template) -> its ids."""
+
+
+def tokenise(tokenizer: Any, rendered: Sequence[Rendered]) -> Tokens:
+    """Each distinct text once, in one batched call per kind."""
+    tokens: dict[tuple[str, bool], Ids] = {}
+    for chat in (True, False):
+        items = [item for item in rendered if item.chat == chat]
+        texts = dict.fromkeys(
+            text for item in items for text in (item.prompt, *item.full) if text is not None
+        )
+        if not texts:
+            continue
+        # A chat template has placed BOS and EOS itself; adding them again would double them.
+        ids = tokenizer(
+            list(texts), add_special_tokens=not chat, return_attention_mask=False, verbose=False
+        )["input_ids"]
+        for text, one in zip(texts, ids, strict=True):
+            tokens[text, chat] = np.asarray(one, dtype=np.int32)
+    return tokens
+
+
+def ids_of(row: Mapping[str, Any], column: str) -> Ids:
+    """A column of token ids; only a prompt may be empty.
+
+    Raises:
+        BadRow: if it is none.
+    """
+    try:
+        array = np.asarray(row[column])
+    except (TypeError, ValueError) as error:
+        raise BadRow(f"{column} must be a list of token ids") from error
+    if array.ndim != 1 or (column != PAIR_IDS[0] and len(array) == 0):
+        raise BadRow(f"{column} must be a non-empty list of token ids")
+    whole = len(array) == 0 or array.dtype.kind in "iu"
+    if not whole or not ((array >= 0) & (array < 2**31)).all():
+        raise BadRow(f"{column} must be a list of token ids, integers of at least 0")
+    return array.astype(np.int32)
+
+
+def common_prefix(*ids: Ids) -> int:
+    """How many first ids all arrays share."""
+    length = min(len(one) for one in ids)
+    same = np.ones(length, dtype=bool)
+    for one in ids[1:]:
+        same &= ids[0][:length] == one[:length]
+    return length if same.all() else int(same.argmin())
+
+
+class Splitter:
+    """Finds where prompts end, by token ids.
+
+    Args:
+        tokenizer: of the policy.
+        tokens: the ids of all rendered texts.
+
+    Attributes:
+        merged: in how many rows the tokenizer merged prompt and answer.
+    """
+
+    def __init__(self, tokenizer: Any, tokens: Tokens) -> None:
+        self.tokenizer = tokenizer
+        self.tokens = tokens
+        self.eos = tokenizer.eos_token_id
+        self.bos = tokenizer.bos_token_id
+        self.merged = 0
+
+    def split(self, item: Rendered) -> tuple[Ids, tuple[Ids, ...]]:
+        """Prompt and completions.
+
+        The prompt ends where the ids of prompt and answers part. Where the tokenizer merges the
+        prompt's last characters with an answer's first, that token belongs to the completion.
+        """
+        full = [self._closed(self.tokens[text, item.chat], item) for text in item.full]
+        known = full
+        if item.prompt is not None:
+            prompt = self.tokens[item.prompt, item.chat]
+            known = [prompt if item.chat else left_open(self.tokenizer, item.prompt, prompt), *full]
+        boundary = common_prefix(*known)
+        if item.prompt is None and boundary <= int(not item.chat and full[0][0] == self.bos):
+            raise BadRow("there is no prompt column, and the answers have no first words in common")
+        if item.prompt is not None and boundary < len(known[0]):
+            self.merged += 1
+        # An answer that is a prefix of another still has its last token as completion.
+        boundary = min(boundary, *(len(one) - 1 for one in full))
+        return full[0][:boundary], tuple(one[boundary:] for one in full)
+
+    def _closed(self, ids: Ids, item: Rendered) -> Ids:
+        """Plain text ends with eos and begins with bos once; a chat template places them itself."""
+        if item.chat:
+            return ids
+        ids = single_bos(self.tokenizer, ids)
+        if self.eos is not None and (len(ids) == 0 or ids[-1] != self.eos):
+            ids = np.append(ids, np.int32(self.eos))
+        return ids
+
+    def begun(self, prompt: Ids) -> Ids:
+        """The prompt with at least one token: a model predicts nothing from nothing."""
+        if len(prompt):
+            return prompt
+        context = self.bos if self.bos is not None else self.eos
+        if context is None:
+            raise BadRow("the prompt is empty and the tokenizer has no bos or eos to begin with")
+        return np.asarray([context], dtype=np.int32)
+
+    def warn(self, name: str) -> None:
+        """Say how many rows of the data had a merged token."""
+        if self.merged:
+            log.warning(
+                "%s: in %d rows the prompt's last token merges with the answer's first; that token "
+                "counts to the answer.",
+                name,
+                self.merged,
+            )
+
+
+class Limits:
+    """Cuts rows to `max_length`.
+
+    Attributes:
+        truncated: how many rows were cut.
+    """
+
+    def __init__(self, options: TextOptions) -> None:
+        self.options = options
+        self.truncated = 0
+
+    def cut(self, prompt: Ids, answers: tuple[Ids, ...]) -> tuple[Ids, tuple[Ids, ...]]:
+        """Prompt and answers within the limit; all answers keep the same prompt.
+
+        Raises:
+            BadRow: no answer would fit, or truncation is refused.
+        """
+        limit, mode = self.options.max_length, self.options.truncation
+        longest = max(map(len, answers))
+        if len(prompt) + longest <= limit:
+            return prompt, answers
+        if mode == "error":
+            raise BadRow(
+                f"prompt and answer are above max_length {limit}",
+                f"prompt and answer have {len(prompt) + longest} tokens, above max_length {limit}",
+            )
+        if mode == "keep_end":
+            # The prompt loses its start, down to one token; the answers keep what then fits.
+            prompt = prompt[-max(1, limit - longest) :]
+        room = limit - len(prompt)
+        if room < 1:
+            raise BadRow(
+                f"the prompt alone leaves no room for an answer below max_length {limit}",
+                f"the prompt alone has {len(prompt)} tokens and leaves no room for an answer below "
+                f"max_length {limit}",
+            )
+        self.truncated += 1
+        return prompt, tuple(answer[:room] for answer in answers)
+
+    def warn(self, name: str) -> None:
+        """Say how many rows of the data were cut."""
+        if self.truncated:
+            log.warning(
+                "%s: %d rows were longer than max_length=%d and were cut (truncation=%r).",
+                name,
+                self.truncated,
+                self.options.max_length,
+                self.options.truncation,
+            )

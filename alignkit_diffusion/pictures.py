@@ -1,0 +1,86 @@
+"""One image of a row: where it came from, without its pixels; decoded when they are needed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from PIL.Image import Image
+
+from alignkit.columns import BadRow
+from alignkit.errors import DataError
+from alignkit.rows import Row, Rows
+from alignkit_diffusion.images import digest, open_image
+
+
+@dataclass(frozen=True)
+class Picture:
+    """One image of a row, without its pixels.
+
+    Attributes:
+        row, column: where it came from, to decode it again and to name it in errors.
+        digest: hash of its decoded pixels.
+        height, width: as it is, upright, in pixels.
+        place: where in a column that holds a list; None in one that holds the image itself.
+    """
+
+    row: int
+    column: str
+    digest: str
+    height: int
+    width: int
+    place: int | None = None
+
+
+def open_picture(
+    rows: Rows, row: Row, index: int, column: str, place: int | None = None
+) -> tuple[Picture, Image]:
+    """An image of row `index`, decoded.
+
+    Raises:
+        BadRow: it is not there or cannot be decoded.
+    """
+    if column not in row:
+        raise BadRow("no image", f"there is no column {column!r} in this row")
+    try:
+        image = open_image(_source(row, column, place), rows.folder)
+    except BadRow as bad:
+        raise BadRow(bad.reason, f"column {_name(column, place)!r}: {bad}") from bad
+    return Picture(index, column, digest(image), image.height, image.width, place), image
+
+
+def reopen(rows: Rows, picture: Picture) -> Image:
+    """Decode an image again.
+
+    Raises:
+        DataError: it has changed or gone since it was read.
+    """
+    try:
+        source = _source(rows[picture.row], picture.column, picture.place)
+        image = open_image(source, rows.folder)
+    except BadRow as bad:
+        raise DataError(f"{where(rows, picture)}: {bad}; it was readable before.") from bad
+    if digest(image) != picture.digest:
+        raise DataError(
+            f"{where(rows, picture)}: the image changed while it was trained on. Start the run "
+            "anew."
+        )
+    return image
+
+
+def where(rows: Rows, picture: Picture) -> str:
+    """How errors name an image: row, column, and its path if it has one."""
+    source = _source(rows[picture.row], picture.column, picture.place)
+    if isinstance(source, Mapping):
+        source = source.get("path")
+    path = f" ({source})" if isinstance(source, str) else ""
+    return f"{rows.where(picture.row)}, column {_name(picture.column, picture.place)!r}{path}"
+
+
+def _source(row: Row, column: str, place: int | None) -> Any:
+    return row.get(column) if place is None else row[column][place]
+
+
+def _name(column: str, place: int | None) -> str:
+    return column if place is None else f"{column}[{place}]"
