@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from alignkit.errors import refuse_unknown
+from alignkit.errors import ConfigError, refuse_unknown
 from alignkit.options import LoRA
 
 
@@ -36,6 +36,33 @@ def adapter_layers(module: nn.Module) -> list[Any]:
 
     kinds = (BaseTunerLayer, AuxiliaryTrainingWrapper)
     return [layer for layer in module.modules() if isinstance(layer, kinds)]
+
+
+def refuse_contradiction(config: Any, adapter: LoRA) -> None:
+    """Raise `ConfigError` where options ask for another adapter than the one that is continued.
+
+    Args:
+        config: peft's, of the adapter that was loaded.
+        adapter: options left at their defaults ask for nothing; the others must be what is there.
+    """
+    dora, rslora = getattr(config, "use_dora", False), getattr(config, "use_rslora", False)
+    here = {
+        "rank": getattr(config, "r", None),
+        "alpha": getattr(config, "lora_alpha", None),
+        "kind": "dora" if dora else "rslora" if rslora else "lora",
+    }
+    for name, value in here.items():
+        asked = getattr(adapter, name)
+        if asked not in (getattr(LoRA, name), value):
+            raise ConfigError(
+                f"An adapter that is continued keeps its {name}; {adapter.continue_from} has "
+                f"{value!r}, adapter.{name} says {asked!r}. Leave adapter.{name} out."
+            )
+    if adapter.targets != "auto":
+        raise ConfigError(
+            f"An adapter that is continued keeps its layers; adapter.targets says "
+            f"{adapter.targets!r}. Leave adapter.targets out."
+        )
 
 
 def active_adapters(module: nn.Module) -> list[str]:

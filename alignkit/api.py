@@ -19,8 +19,9 @@ from alignkit.options import GenerationOptions, ImageOptions, LoRA, TextOptions,
 from alignkit.parts import build_wing, modality_of
 from alignkit.result import AlignResult, FinishedRun
 from alignkit.run import Run
-from alignkit.run_folder import RunFolder
 from alignkit.runtime import Runtime
+from alignkit.schema import build as build_options
+from alignkit.yaml_file import read_yaml
 
 __all__ = ["AlignResult", "Run", "align", "build", "modality_of", "sample"]
 
@@ -90,9 +91,13 @@ def align(
         resume=resume,
         seed=seed,
     )
-    for _ in run.steps():
-        pass
-    return run.finish()
+    try:
+        for _ in run.steps():
+            pass
+        return run.finish()
+    except BaseException:
+        run.abandon()
+        raise
 
 
 def build(
@@ -145,11 +150,18 @@ def sample(
     """
     runtime = Runtime()
     folder, model = Path(path), Path(path) / "model"
-    # A language model's folder says all; an image adapter's needs the base that its run names.
-    if model.is_dir() and not _is_language_model(model) and (folder / "config.yaml").exists():
-        config = from_file(folder / "config.yaml")
-        wing = load_trained(config, modality_of(config.policy), RunFolder(folder), runtime)
-    else:
-        config = RunConfig(str(model if model.is_dir() else path), DPO(), data=[])
+    if not model.is_dir():
+        config = RunConfig(str(path), DPO(), data=[])
         wing = build_wing(config, modality_of(config.policy), runtime)
-    return wing.sample(list(prompts), generation or config.generation, seed=seed)
+        return wing.sample(list(prompts), generation or config.generation, seed=seed)
+    told = read_yaml(folder / "config.yaml") if (folder / "config.yaml").is_file() else {}
+    # A language model's folder says all; an image adapter's needs the base that its run names.
+    if _is_language_model(model) or not told:
+        config = RunConfig(str(model), DPO(), data=[])
+        wing = build_wing(config, modality_of(config.policy), runtime)
+    else:
+        config = from_file(folder / "config.yaml")
+        wing = load_trained(config, modality_of(config.policy), model, runtime)
+    wing.chat = (told.get("resolved") or {}).get("chat", wing.chat)
+    own = build_options(GenerationOptions, told.get("generation") or {}, "generation")
+    return wing.sample(list(prompts), generation or own, seed=seed)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -10,27 +9,31 @@ from typing import Any
 
 from alignkit import checkpoint
 from alignkit.config import RunConfig, changed_keys, check, resolve_data_options, to_mapping
-from alignkit.errors import CheckpointError
+from alignkit.errors import CheckpointError, ConfigError
+from alignkit.options import LoRA
 from alignkit.parts import build_objective, build_wing, loss_of, modality_of
+from alignkit.places import is_missing
 from alignkit.protocols import Wing
+from alignkit.references import is_model
 from alignkit.result import FinishedRun
-from alignkit.run import NUM_SAMPLES, Run, giving_back
+from alignkit.rows import refuse_missing
+from alignkit.run import NUM_SAMPLES, Run, giving_back, tell
 from alignkit.run_folder import RunFolder, environment
-from alignkit.runtime import Runtime
+from alignkit.runtime import Runtime, pick_precision
 from alignkit.sources import RowSource
 from alignkit.trainer import Trainer
-
-log = logging.getLogger("alignkit")
 
 
 def assemble(config: RunConfig) -> Run | FinishedRun:
     """The run of `config`, loaded and ready, or what an earlier one left."""
     modality = modality_of(config.policy)
     check(config, modality)
+    check_places(config, modality)
     if config.trainer.max_steps is None and config.trainer.epochs is None:
         config = replace(config, trainer=replace(config.trainer, epochs=1.0))
     runtime = Runtime(
         sharding=config.trainer.sharding,
+        precision=pick_precision(config.trainer.precision),
         trackers=config.trainer.trackers,
         logging_dir=None if config.run_dir is None else str(config.run_dir),
     )
@@ -40,22 +43,58 @@ def assemble(config: RunConfig) -> Run | FinishedRun:
         return _assemble_in(folder, config, modality, runtime)
 
 
+def check_places(config: RunConfig, modality: str) -> None:
+    """Refuse paths that lead nowhere, and a reference of another kind, before weights are loaded.
+
+    Raises:
+        DataError: for data that is not there.
+        ConfigError: for an adapter or a reference that is not there or does not fit.
+    """
+    sets = config.eval_data.values() if isinstance(config.eval_data, Mapping) else ()
+    for data in (config.data, config.eval_data, *sets):
+        if isinstance(data, (str, Path)):
+            refuse_missing(data)
+    start = None if config.adapter is None else config.adapter.continue_from
+    if start is not None and is_missing(start):
+        raise ConfigError(f"adapter.continue_from must exist; there is no folder {start!r}.")
+    if is_model(config.reference):
+        found = modality_of(config.reference, "reference")
+        if found != modality:
+            raise ConfigError(
+                f"The reference must be of the policy's modality, {modality!r}; "
+                f"{config.reference!r} is of modality {found!r}."
+            )
+
+
 def _assemble_in(
     folder: RunFolder | None, config: RunConfig, modality: str, runtime: Runtime
 ) -> Run | FinishedRun:
     start = _starting_point(config, folder, runtime)
     if start == "finished":
         assert folder is not None
-        return FinishedRun(config, load_trained(config, modality, folder, runtime), folder)
+        wing = load_trained(config, modality, folder.model_dir, runtime)
+        told = (folder.read_config() or {}).get("resolved") or {}
+        wing.chat = told.get("chat", wing.chat)
+        return FinishedRun(config, wing, folder)
     wing = build_wing(config, modality, runtime)
+    try:
+        return _assemble_around(wing, folder, config, runtime, start)
+    except BaseException:
+        wing.undo()
+        raise
+
+
+def _assemble_around(
+    wing: Wing, folder: RunFolder | None, config: RunConfig, runtime: Runtime, start: str | None
+) -> Run:
     fingerprint = checkpoint.fingerprint(wing.backend.module)
     objective, resolved = build_objective(config, wing, runtime)
-    options = resolve_data_options(config, modality, wing.default_options)
+    options = resolve_data_options(config, wing.modality, wing.default_options)
     source = _source(config, wing, options, runtime)
     trainer = Trainer(
         objective, source, config.trainer, runtime=runtime, learning_rate=resolved["learning_rate"]
     )
-    resolved["steps"] = trainer.total_steps
+    resolved |= {"steps": trainer.total_steps, "chat": wing.chat}
     run = Run(
         config,
         wing,
@@ -78,7 +117,7 @@ def _assemble_in(
     if start is not None:
         run.resume(Path(start))
     if runtime.is_main:
-        log.info("%s", _banner(config, resolved))
+        tell(_banner(config, resolved))
     return run
 
 
@@ -209,16 +248,15 @@ def _banner(config: RunConfig, resolved: Mapping[str, Any]) -> str:
     return f"{config.method!r}: {listed}, batch {config.trainer.batch_size}"
 
 
-def load_trained(config: RunConfig, modality: str, folder: RunFolder, runtime: Runtime) -> Wing:
+def load_trained(config: RunConfig, modality: str, model: Path, runtime: Runtime) -> Wing:
     """The wing of a finished run, from its `model/`.
 
     An adapter goes onto its base: an image adapter's folder does not name it, nor does that of a
     model in hand.
     """
-    model = str(folder.model_dir)
     named = modality == "text" and isinstance(config.policy, (str, Path))
     if config.adapter is not None and not named:
-        trained = replace(config, adapter=replace(config.adapter, continue_from=model))
+        trained = replace(config, adapter=LoRA(continue_from=str(model)))
     else:
-        trained = replace(config, policy=model, adapter=None)
+        trained = replace(config, policy=str(model), adapter=None)
     return build_wing(trained, modality, runtime)

@@ -22,9 +22,10 @@ class BestSoFar:
         self.stop = stop
         self.directions: dict[str, tuple[str, bool]] = {}
         if keep is not None:
-            self.directions["keep"] = keep, keep.endswith("loss")
+            self.directions["keep"] = keep, _lower_is_better(keep)
         if stop is not None:
-            self.directions["stop"] = stop.metric, stop.mode == "min"
+            lower = stop.mode == "min" or (stop.mode == "auto" and _lower_is_better(stop.metric))
+            self.directions["stop"] = stop.metric, lower
         self.found: dict[str, dict[str, Any]] = {}
 
     def update(self, metrics: Mapping[str, float], step: int) -> None:
@@ -62,3 +63,7 @@ class BestSoFar:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.found = {name: dict(held) for name, held in state["found"].items()}
+
+
+def _lower_is_better(metric: str) -> bool:
+    return metric.endswith("loss")

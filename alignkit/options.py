@@ -18,13 +18,19 @@ BadRow = Literal["error", "skip"]
 Identical = Literal["skip", "keep", "error"]
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class EarlyStop:
-    """Stop when an evaluation's `metric` has not improved for `patience` evaluations."""
+    """Stop when an evaluation's `metric` has not improved for `patience` evaluations.
+
+    Attributes:
+        metric: its name, such as "eval/loss" or, of a named set, "eval/hard/rewards/accuracies".
+        patience: evaluations without improvement.
+        mode: which direction is better; "auto" is "min" for names that end in "loss".
+    """
 
     metric: str
     patience: int = 3
-    mode: Literal["max", "min"] = "max"
+    mode: Literal["auto", "max", "min"] = "auto"
 
     def __post_init__(self) -> None:
         positive("EarlyStop", patience=self.patience)
@@ -47,7 +53,8 @@ class TrainerOptions:
         gradient_checkpointing: "auto" is off on CPUs; on GPUs it is on for text, and for images
             where one pair would not fit without.
         save_every: steps between checkpoints; None saves none but the finished model.
-        keep_best: name of an evaluation metric; the best checkpoint is kept beside the newest ones.
+        keep_best: name of an evaluation metric, such as "eval/rewards/accuracies"; the best
+            checkpoint is kept beside the newest ones.
         trackers: accelerate's tracker names, such as "tensorboard" or "wandb".
     """
 
@@ -111,6 +118,9 @@ class TextOptions:
         truncation: what is cut from longer rows: "keep_start" cuts the answers' ends, "keep_end"
             the prompt's start; counted and warned of. "error" makes them bad rows, as is in any
             mode a prompt that leaves no room for an answer.
+        packing: how rows share a micro-batch: "bucket" sorts a batch by length, so that little
+            padding is computed; "none" keeps its order; "auto" is "bucket" where micro_batch is
+            "auto".
         on_bad_row: what happens to rows that cannot be used: "error", or "skip" (counted).
         identical_pairs: pairs whose two answers are the same teach nothing; skipped and counted.
         columns: our column name -> the data's.
@@ -206,5 +216,6 @@ class GenerationOptions:
     def __post_init__(self) -> None:
         names = ("max_new_tokens", "steps", "height", "width", "top_p")
         positive("generation", **{name: getattr(self, name) for name in names})
+        share("generation", top_p=self.top_p)
         not_negative("generation", temperature=self.temperature, top_k=self.top_k)
         object.__setattr__(self, "stop", list_of_names("generation.stop", self.stop))

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from alignkit.atomic import atomic_folder
 from alignkit.cite import citations
+from alignkit.errors import CheckpointError
 from alignkit.facts import ReportFacts
 from alignkit.model_card import model_card
 from alignkit.report import write_report
@@ -88,5 +89,11 @@ def _push_to_hub(name: str, folder: RunFolder) -> None:
     from huggingface_hub import HfApi
 
     api = HfApi()
-    api.create_repo(name, exist_ok=True)
-    api.upload_folder(repo_id=name, folder_path=folder.model_dir)
+    try:
+        api.create_repo(name, exist_ok=True)
+        api.upload_folder(repo_id=name, folder_path=folder.model_dir)
+    except Exception as error:  # the hub client and the network have no common base
+        raise CheckpointError(
+            f"The run is finished, and its model could not be pushed to {name!r}: {error} Push it "
+            f"with `hf upload {name} {folder.model_dir}`."
+        ) from error

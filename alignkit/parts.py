@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from functools import partial
 from importlib import import_module
@@ -15,6 +16,7 @@ from alignkit.errors import ConfigError
 from alignkit.losses import PREFERENCE_LOSSES, PairLoss
 from alignkit.methods import DPO
 from alignkit.objectives.preference import PreferenceObjective
+from alignkit.places import is_missing
 from alignkit.protocols import Wing
 from alignkit.references import OtherModel, build_reference
 from alignkit.runtime import Runtime, pick_precision
@@ -34,8 +36,12 @@ LEARNING_RATES = {
 """(modality, with adapter) -> DPO's default peak learning rate."""
 
 
-def modality_of(policy: Any) -> str:
+def modality_of(policy: Any, what: str = "policy") -> str:
     """ "text" or "image", told by the object's class or by the files of the folder or repository.
+
+    Args:
+        policy: a model in one of its forms.
+        what: what errors call it.
 
     Raises:
         ConfigError: if it is neither a language model nor a diffusers pipeline.
@@ -49,14 +55,15 @@ def modality_of(policy: Any) -> str:
         if "PreTrainedModel" in names or "PeftModel" in names:
             raise ConfigError(
                 "A language model in hand comes with its tokenizer: "
-                f"policy=({type(policy).__name__}"
-                "(...), tokenizer)."
+                f"{what}=({type(policy).__name__}(...), tokenizer)."
             )
         raise ConfigError(
-            "policy must be a folder, a hub name, (model, tokenizer), or a DiffusionPipeline; got "
+            f"{what} must be a folder, a hub name, (model, tokenizer), or a DiffusionPipeline; got "
             f"{type(policy).__name__}."
         )
-    has_file = _local_file if Path(policy).exists() else _hub_file
+    if is_missing(policy):
+        raise ConfigError(f"{what} must exist; there is no folder {str(policy)!r}.")
+    has_file = _local_file if Path(policy).exists() else partial(_hub_file, what=what)
     if has_file(str(policy), "model_index.json"):
         return "image"
     if has_file(str(policy), "config.json") or has_file(str(policy), "adapter_config.json"):
@@ -68,7 +75,7 @@ def _local_file(folder: str, name: str) -> bool:
     return (Path(folder) / name).is_file()
 
 
-def _hub_file(repository: str, name: str) -> bool:
+def _hub_file(repository: str, name: str, *, what: str) -> bool:
     """Whether a hub repository has the file; a cached copy is enough."""
     from huggingface_hub import file_exists, try_to_load_from_cache
     from huggingface_hub.errors import HFValidationError
@@ -79,11 +86,11 @@ def _hub_file(repository: str, name: str) -> bool:
         return file_exists(repository, name)
     except HFValidationError as error:
         raise ConfigError(
-            f"policy={repository!r} is no folder here and no hub name (owner/name). Check the path."
+            f"{what}={repository!r} is no folder here and no hub name (owner/name). Check the path."
         ) from error
     except OSError as error:
         raise ConfigError(
-            f"policy={repository!r} is no folder here, and the hub could not be asked: {error}. "
+            f"{what}={repository!r} is no folder here, and the hub could not be asked: {error}. "
             "Give a local folder, or go online once so that it is cached."
         ) from error
 
@@ -124,21 +131,25 @@ def _other_model(config: RunConfig, wing: Wing, runtime: Runtime) -> OtherModel:
     """Loads a model of the policy's modality to compare with."""
 
     def load(policy: Any) -> Wing:
-        if modality_of(policy) != wing.modality:
-            raise ConfigError(
-                f"The reference must be of the policy's modality ({wing.modality}); got {policy!r}."
-            )
         other: Wing = import_module(MODALITIES[wing.modality]).build(
-            policy,
+            # A copy: what is in hand may be the policy itself, and stays as it is in any case.
+            policy if isinstance(policy, (str, Path)) else _copy_of(policy),
             adapter=None,
             device=runtime.device,
             precision=pick_precision(config.trainer.precision),
             gradient_checkpointing=False,
             seed=config.seed,
+            beside=wing,
         )
         return other
 
     return load
+
+
+def _copy_of(model: Any) -> Any:
+    if isinstance(model, (tuple, list)):
+        return (copy.deepcopy(model[0]), *model[1:])
+    return copy.deepcopy(model)
 
 
 def loss_of(method: DPO, modality: str) -> tuple[Callable[..., Any], float, PairLoss | None]:

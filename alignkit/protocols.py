@@ -218,8 +218,10 @@ class Wing(Protocol):
     """What a modality hands to the roof: its parts, loaded and ready.
 
     A wing's package has one entry, `build(policy, *, adapter, device, precision,
-    gradient_checkpointing, seed) -> Wing`, where `policy` is a folder, a hub name or objects in
-    memory, `adapter` a `LoRA` or None and `precision` "fp32", "bf16" or "fp16".
+    gradient_checkpointing, seed, beside=None) -> Wing`, where `policy` is a folder, a hub name or
+    objects in memory, `adapter` a `LoRA` or None and `precision` "fp32", "bf16" or "fp16".
+    `beside` is the policy's wing where the one to be built is its reference: nothing is then marked
+    for training, and weights are stored as the policy's are, so that equal ones give equal bits.
     """
 
     modality: str
@@ -232,6 +234,8 @@ class Wing(Protocol):
     """"none", "fresh" or "continued"."""
     default_options: Any
     """The `TextOptions` or `ImageOptions` that hold when the caller gives none."""
+    chat: bool
+    """Whether `sample` takes a bare string for a user's turn of a conversation."""
 
     def adapters_off(self) -> AbstractContextManager[None]:
         """A context in which the policy computes as if it had no adapter."""
@@ -288,4 +292,9 @@ class Wing(Protocol):
 
     def release(self) -> None:
         """Give objects in hand back as they came, apart from their weights."""
-        ...
+
+    def engage(self) -> None:
+        """Make ready to train again after `release`."""
+
+    def undo(self) -> None:
+        """After a failure: release, and take off what `build` added, so that it can be retried."""

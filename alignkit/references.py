@@ -45,9 +45,15 @@ def build_reference(
         return "none", NoReference()
     if type(wanted) in _MAKERS:
         return _MAKERS[type(wanted)](wanted, wing)
-    if not isinstance(wanted, str) or wanted not in _NAMED:
+    if is_model(wanted):
         return "model", FrozenModel(other_model(wanted).backend.module)
     return _named(wanted, wing)
+
+
+def is_model(reference: Any) -> bool:
+    """Whether a reference is another model, and not one of the policy's own states."""
+    named = isinstance(reference, str) and reference in _NAMED
+    return not named and type(reference) not in _MAKERS
 
 
 _NAMED = ("auto", "frozen", "adapter_off", "none")

@@ -60,6 +60,10 @@ class FinishedRun:
         """None."""
         return iter(())
 
+    def abandon(self) -> None:
+        """Give the folder back."""
+        self.folder.unlock()
+
     def finish(self) -> AlignResult:
         """The result that the run left."""
         stored = self.folder.read_result() or {}

@@ -14,9 +14,7 @@ from types import MappingProxyType
 from typing import Any, overload
 
 from alignkit.errors import DataError, nearest
-
-SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
-"""The file formats that are read; in a folder, the earlier one wins."""
+from alignkit.places import SUFFIXES, is_missing
 
 Row = dict[str, Any]
 
@@ -141,11 +139,14 @@ def _read_place(place: str, split: str) -> Rows:
         return _read_folder(path, split)
     if path.is_file():
         return _read_file(path)
-    # A hub name is "name" or "owner/name"; everything else was meant as a path.
-    looks_like_path = path.suffix.lower() in SUFFIXES or path.is_absolute() or place.startswith(".")
-    if looks_like_path or place.count("/") > 1:
-        raise DataError(f"Data must exist; there is no file or folder {place!r}.")
+    refuse_missing(place)
     return _read_hub(place, split)
+
+
+def refuse_missing(place: str | Path) -> None:
+    """Raise `DataError` for a path that does not exist; a hub name is let through."""
+    if is_missing(place):
+        raise DataError(f"Data must exist; there is no file or folder {str(place)!r}.")
 
 
 def _read_folder(folder: Path, split: str) -> Rows:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import logging
+import sys
 import time
+import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -23,8 +24,6 @@ from alignkit.result import AlignResult
 from alignkit.run_folder import RunFolder
 from alignkit.sources import RowSource
 from alignkit.trainer import Trainer
-
-log = logging.getLogger("alignkit")
 
 NUM_SAMPLES = 8
 """Prompts answered for the report, before and after."""
@@ -63,6 +62,8 @@ class Run:
         self.seconds = 0.0
         self.best = BestSoFar(config.trainer.keep_best, config.trainer.early_stop)
         self._result: AlignResult | None = None
+        # A run that is dropped before its loop gives back what it borrowed, too.
+        weakref.finalize(self, wing.release).atexit = False
 
     @property
     def writes(self) -> bool:
@@ -89,12 +90,37 @@ class Run:
             checkpoint.drop_after(self.folder.checkpoints, self.trainer.step)
             self.history = self.folder.cut_metrics(self.trainer.step)
         self.history = self.runtime.share(self.history)
-        log.info("Resumed from %s.", path)
+        if self.runtime.is_main:
+            tell(f"Resumed from {path}.")
 
     def steps(self) -> Iterator[StepRecord]:
-        """One record per optimizer step; evaluates, samples and saves when they are due."""
-        with giving_back(self.folder):
+        """One record per optimizer step; evaluates, samples and saves when they are due.
+
+        Objects in hand are as the caller gave them, apart from their weights, whenever the loop is
+        left.
+        """
+        with self._in_use():
             yield from self._steps()
+
+    @contextmanager
+    def _in_use(self) -> Iterator[None]:
+        """The folder locked, and objects in hand ready to train; given back at the end."""
+        if self.writes:
+            assert self.folder is not None
+            self.folder.lock()
+        self.wing.engage()
+        try:
+            with giving_back(self.folder):
+                yield
+        finally:
+            self.wing.release()
+
+    def abandon(self) -> None:
+        """After a failure: leave objects in hand and the run folder as they can be tried again."""
+        self.wing.undo()
+        if self.writes:
+            assert self.folder is not None
+            self.folder.unlock()
 
     def _steps(self) -> Iterator[StepRecord]:
         options, started = self.config.trainer, time.perf_counter() - self.seconds
@@ -183,7 +209,7 @@ class Run:
     def finish(self) -> AlignResult:
         """Save the model, write the report, and return the result."""
         if self._result is None:
-            with giving_back(self.folder):
+            with self._in_use():
                 self._result = self._finish()
         return self._result
 
@@ -192,7 +218,6 @@ class Run:
             self.metrics.update(self._held_out())
         self._sample(self.trainer.step)
         report = write_outcome(self)
-        self.wing.release()
         if self.config.trainer.trackers:
             self.runtime.accelerator.end_training()
         return AlignResult(
@@ -222,6 +247,11 @@ def giving_back(folder: RunFolder | None) -> Iterator[None]:
         if folder is not None:
             folder.unlock()
         raise
+
+
+def tell(text: str) -> None:
+    """One line for whoever watches, above the progress bar."""
+    tqdm.write(text, file=sys.stderr)
 
 
 def _due(every: int | None, step: int) -> bool:

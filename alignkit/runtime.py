@@ -28,12 +28,14 @@ class Runtime:
         sharding: "none" replicates what is trained (DDP); "fsdp2" shards it.
         trackers: accelerate's tracker names.
         logging_dir: where file trackers write.
+        precision: "fp16" scales gradients, which would underflow without.
     """
 
     def __init__(
         self,
         *,
         sharding: str = "none",
+        precision: str = "fp32",
         trackers: Sequence[str] = (),
         logging_dir: str | None = None,
     ) -> None:
@@ -54,6 +56,8 @@ class Runtime:
         self.size: int = self.accelerator.num_processes
         self.sharding = sharding
         self.scaler: torch.amp.GradScaler | None = None
+        if precision == "fp16":
+            self.scaler = torch.amp.GradScaler(self.device.type)
         self._host_group: Any = None
         if sharding == "fsdp2" and self.size == 1 and not dist.is_initialized():
             raise ConfigError(

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from alignkit.adapters import active_adapters, lora_config
+from alignkit.adapters import active_adapters, lora_config, refuse_contradiction
 from alignkit.errors import ConfigError, nearest
 from alignkit.options import LoRA
 
@@ -90,26 +90,7 @@ def continue_adapter(unet: Any, adapter: LoRA) -> None:
         _continue_peft(unet, path)
     else:
         _continue_diffusers(unet, _adapter_file(path))
-    _refuse_contradiction(unet, adapter)
-
-
-def _refuse_contradiction(unet: Any, adapter: LoRA) -> None:
-    """Options left at their defaults ask for nothing; the others must be what is there."""
-    config = unet.peft_config[NAME]
-    kind = "dora" if config.use_dora else "rslora" if config.use_rslora else "lora"
-    here = {"rank": config.r, "alpha": config.lora_alpha, "kind": kind}
-    for name, value in here.items():
-        asked = getattr(adapter, name)
-        if asked not in (getattr(LoRA, name), value):
-            raise ConfigError(
-                f"An adapter that is continued keeps its {name}; {adapter.continue_from} has "
-                f"{value!r}, adapter.{name} says {asked!r}. Leave adapter.{name} out."
-            )
-    if adapter.targets != "auto":
-        raise ConfigError(
-            f"An adapter that is continued keeps its layers; adapter.targets says "
-            f"{adapter.targets!r}. Leave adapter.targets out."
-        )
+    refuse_contradiction(unet.peft_config[NAME], adapter)
 
 
 def _adapter_file(path: Path) -> Path:

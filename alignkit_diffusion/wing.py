@@ -13,6 +13,7 @@ from alignkit.adapters import active_adapters, adapter_on, adapters_off
 from alignkit.columns import check_kind
 from alignkit.errors import ConfigError
 from alignkit.options import GenerationOptions, ImageOptions, LoRA
+from alignkit.protocols import Wing
 from alignkit_diffusion import lora
 from alignkit_diffusion.autoencoder import Autoencoder
 from alignkit_diffusion.data import ImageExamples, distinct_prompts, prepare_examples
@@ -32,6 +33,7 @@ def build(
     precision: str,
     gradient_checkpointing: bool | str,
     seed: int,
+    beside: Wing | None = None,
 ) -> ImageWing:
     """Load an SDXL pipeline and make its UNet, or an adapter on it, trainable.
 
@@ -44,6 +46,7 @@ def build(
             in.
         gradient_checkpointing: "auto" turns it on where one pair at the native size would not fit.
         seed: of the adapter's start.
+        beside: the policy's wing, if this pipeline is its reference.
 
     Raises:
         ConfigError: the pipeline, the adapter's targets or folder, or the precision cannot be used.
@@ -54,12 +57,14 @@ def build(
     else:
         carried = lora.adapter_name(getattr(policy, "unet", None))
         state = "none" if carried is None else "continued"
-    whole = state == "none"
+    whole = state == "none" if beside is None else beside.adapter == "none"
     loaded = load_policy(policy, precision=precision, whole=whole, device=device)
     unet = loaded.pipe.unet
     if adapter is not None:
         _give_adapter(unet, adapter, seed)
-    if whole:
+    if beside is not None:
+        unet.requires_grad_(False)
+    elif whole:
         unet.requires_grad_(True)
     else:
         lora.train_only_adapter(unet)
@@ -69,6 +74,7 @@ def build(
         device=device,
         precision=precision,
         gradient_checkpointing=gradient_checkpointing,
+        added=adapter is not None,
     )
 
 
@@ -98,6 +104,7 @@ class ImageWing:
 
     modality = "image"
     tokenizer = None
+    chat = False
 
     def __init__(
         self,
@@ -107,8 +114,10 @@ class ImageWing:
         device: torch.device,
         precision: str,
         gradient_checkpointing: bool | str,
+        added: bool = False,
     ) -> None:
         self.policy = loaded.pipe
+        self._added = added
         self.adapter = adapter
         self.device = device
         self.precision = precision
@@ -199,8 +208,17 @@ class ImageWing:
         """A prompt as a person reads it."""
         return prompt
 
+    def engage(self) -> None:
+        """Nothing to do: see `release`."""
+
     def release(self) -> None:
         """Nothing to give back: every forward and every sample restores what it touched."""
+
+    def undo(self) -> None:
+        """Take off the adapter that `build` added."""
+        if self._added:
+            self.policy.unet.unload_lora()
+            self._added = False
 
     def describe(self) -> dict[str, Any]:
         """Facts for the report; counts are of parameters, of the UNet alone."""

@@ -313,6 +313,10 @@ def test_what_a_run_adds_to_its_file_is_ignored():
     assert from_mapping({**MINIMAL, **extra}) == from_mapping(MINIMAL)
 
 
+class PeftModel:
+    pass
+
+
 class FakeModel:
     pass
 
@@ -519,6 +523,36 @@ NOT_SCALE_FREE = replace(SIGMOID, name="fixed", scale_free=False)
         ({"trainer": TrainerOptions(eval_every=5)}, None, r"eval_every=5 evaluates on eval_data"),
         ({"trainer": TrainerOptions(sharding="fsdp2")}, "image", "fsdp2' is for text policies"),
         ({"trainer": TrainerOptions(push_to_hub="x")}, None, "Write push_to_hub='your-name/x'"),
+        ({"trainer": TrainerOptions(push_to_hub="me/x")}, None, "of the run; got run_dir=None"),
+        (
+            {"trainer": TrainerOptions(push_to_hub="me/x"), "run_dir": "runs/x"},
+            None,
+            r"uploads the model at the end, and the hub is switched off \(HF_HUB_OFFLINE\)",
+        ),
+        (
+            {"trainer": TrainerOptions(trackers=("tensorbord",))},
+            None,
+            r"Unknown tracker 'tensorbord'\. Did you mean 'tensorboard'\?",
+        ),
+        ({"eval_data": {}}, None, "must name at least one set"),
+        (
+            {"trainer": TrainerOptions(eval_every=1, keep_best="loss"), "eval_data": "x.jsonl"},
+            None,
+            r"keep_best follows .* begins with 'eval/'; got 'loss'\. Write 'eval/loss'",
+        ),
+        (
+            {
+                "trainer": TrainerOptions(eval_every=1, early_stop=EarlyStop("eval/loss")),
+                "eval_data": {"a": "x.jsonl", "b": "y.jsonl"},
+            },
+            None,
+            r"early_stop\.metric follows .* 'eval/a/' or 'eval/b/'.* Write 'eval/a/loss'",
+        ),
+        (
+            {"adapter": LoRA(), "policy": (PeftModel(), 0)},
+            None,
+            "The policy already carries an adapter",
+        ),
         ({"resume": "maybe"}, None, r"resume must be 'auto', .*got 'maybe', and there is no such"),
         ({"resume": "must"}, None, "resume='must' continues a run in its folder; got run_dir=None"),
         ({"resume": Path(__file__)}, None, "continues a run in its folder; got run_dir=None"),
@@ -556,13 +590,35 @@ def test_what_does_not_go_together_is_refused(changes, modality, message):
         ({"data_options": TextOptions(packing="bucket")}, "text"),
         ({"generation": GenerationOptions(steps=5)}, "image"),
         ({"trainer": TrainerOptions(sharding="fsdp2")}, "text"),
-        ({"trainer": TrainerOptions(push_to_hub="me/x")}, "text"),
         ({"run_dir": "runs/x", "resume": "must", "trainer": TrainerOptions(save_every=1)}, "text"),
         ({"run_dir": Path("runs/x"), "resume": Path(__file__)}, "text"),
     ],
 )
 def test_what_goes_together_is_let_through(changes, modality):
     check(run(**changes), modality)
+
+
+def test_a_tracker_that_is_not_installed_is_refused(monkeypatch):
+    import accelerate.tracking
+
+    monkeypatch.setattr(accelerate.tracking, "_available_trackers", [])
+    given = run(trainer=TrainerOptions(trackers=("tensorboard",)))
+    with pytest.raises(ConfigError, match=r"the package of 'tensorboard' is not installed"):
+        check(given)
+    monkeypatch.setattr(accelerate.tracking, "_available_trackers", ["tensorboard"])
+    with pytest.raises(ConfigError, match=r"'tensorboard' writes into the run folder"):
+        check(given)
+    check(replace(given, run_dir="runs/x"))
+
+
+def test_pushing_needs_somebody_logged_in(monkeypatch):
+    given = run(trainer=TrainerOptions(push_to_hub="me/x"), run_dir="runs/x")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("huggingface_hub.get_token", lambda: None)
+    with pytest.raises(ConfigError, match="and nobody is logged in to the hub"):
+        check(given)
+    monkeypatch.setattr("huggingface_hub.get_token", lambda: "token")
+    check(given)
 
 
 def test_adapter_off_is_let_through_for_a_policy_that_brings_its_adapter(tmp_path):
@@ -579,7 +635,7 @@ def test_adapter_off_is_let_through_for_a_policy_that_brings_its_adapter(tmp_pat
 def test_hardware_that_is_not_there_is_refused(monkeypatch):
     import torch
 
-    from alignkit import checks
+    from alignkit.checks import trainer as trainer_checks
 
     half = run(trainer=TrainerOptions(precision="fp16"))
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
@@ -589,12 +645,12 @@ def test_hardware_that_is_not_there_is_refused(monkeypatch):
     check(half)
 
     small = run(trainer=TrainerOptions(optimizer="adamw_8bit"))
-    monkeypatch.setattr(checks, "find_spec", lambda name: None)
+    monkeypatch.setattr(trainer_checks, "find_spec", lambda name: None)
     with pytest.raises(
         ConfigError, match=r"bitsandbytes, which is not installed\. Run pip install"
     ):
         check(small)
-    monkeypatch.setattr(checks, "find_spec", lambda name: "found")
+    monkeypatch.setattr(trainer_checks, "find_spec", lambda name: "found")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(ConfigError, match="adamw_8bit' needs a CUDA GPU"):
         check(small)

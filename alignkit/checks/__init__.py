@@ -7,12 +7,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from alignkit.checks.method import check_method
 from alignkit.checks.reference import check_reference
+from alignkit.checks.trainer import (
+    check_evaluation,
+    check_hardware,
+    check_outlets,
+    check_run_folder,
+)
 from alignkit.errors import ConfigError
 from alignkit.methods import METHODS
 from alignkit.options import GenerationOptions, ImageOptions, TextOptions
@@ -51,9 +56,10 @@ def check(config: RunConfig, modality: str | None = None) -> None:
     _check_adapter(config)
     _check_data_options(config, modality)
     _check_generation(config, modality)
-    _check_evaluation(config)
-    _check_hardware(config, modality)
-    _check_run_folder(config)
+    check_evaluation(config)
+    check_hardware(config.trainer, modality)
+    check_outlets(config)
+    check_run_folder(config)
 
 
 def resolve_data_options(
@@ -100,6 +106,19 @@ def _check_adapter(config: RunConfig) -> None:
             "Policy and reference are compared on equal terms, so dropout is off, the adapter's "
             "too. Leave it out."
         )
+    if config.adapter is not None and _is_adapter(config.policy):
+        raise ConfigError(
+            "The policy already carries an adapter, and `adapter` asks for another. Leave adapter "
+            "out to go on with the one it has, or merge that one first."
+        )
+
+
+def _is_adapter(policy: Any) -> bool:
+    """Whether the policy is a language model's adapter: its folder, or peft's model in hand."""
+    if isinstance(policy, (str, Path)):
+        return (Path(policy) / "adapter_config.json").is_file()
+    kinds = type(policy[0]).__mro__ if isinstance(policy, (tuple, list)) and policy else ()
+    return any(kind.__name__ == "PeftModel" for kind in kinds)
 
 
 def _check_data_options(config: RunConfig, modality: str | None) -> None:
@@ -129,74 +148,3 @@ def _check_generation(config: RunConfig, modality: str | None) -> None:
                     f"generation.{name} is an option of {owner} sampling only, and the policy is "
                     f"of modality {modality!r}; got {value!r}. Leave it out."
                 )
-
-
-def _check_evaluation(config: RunConfig) -> None:
-    if config.trainer.eval_every is not None and config.eval_data is None:
-        raise ConfigError(
-            f"trainer.eval_every={config.trainer.eval_every} evaluates on eval_data, which is not "
-            "given. Add eval_data, or leave eval_every out."
-        )
-
-
-def _check_hardware(config: RunConfig, modality: str | None) -> None:
-    trainer = config.trainer
-    if trainer.optimizer == "adamw_8bit":
-        if find_spec("bitsandbytes") is None:
-            raise ConfigError(
-                "trainer.optimizer='adamw_8bit' needs the package bitsandbytes, which is not "
-                "installed. Run pip install bitsandbytes, or write optimizer='adamw'."
-            )
-        import torch
-
-        if not torch.cuda.is_available():
-            raise ConfigError(
-                "trainer.optimizer='adamw_8bit' needs a CUDA GPU, and this machine has none. "
-                "Write optimizer='adamw'."
-            )
-    if trainer.precision == "fp16":
-        import torch
-
-        if not torch.accelerator.is_available():
-            raise ConfigError(
-                "trainer.precision='fp16' needs a GPU, and this machine has none. "
-                "Write precision='fp32' or 'bf16'."
-            )
-    if trainer.sharding == "fsdp2" and trainer.optimizer != "adamw":
-        raise ConfigError(
-            f"trainer.sharding='fsdp2' shards the state of optimizer='adamw' only; got "
-            f"optimizer={trainer.optimizer!r}. Write optimizer='adamw', or leave sharding out."
-        )
-    if trainer.sharding == "fsdp2" and modality == "image":
-        raise ConfigError(
-            "trainer.sharding='fsdp2' is for text policies only: an SDXL pipeline fits one device, "
-            "and its UNet is not sharded. Leave sharding out; several processes train with DDP."
-        )
-
-
-def _check_run_folder(config: RunConfig) -> None:
-    trainer, resume = config.trainer, config.resume
-    if trainer.push_to_hub is not None and "/" not in trainer.push_to_hub:
-        raise ConfigError(
-            "trainer.push_to_hub must be a repository name with its owner; got "
-            f"{trainer.push_to_hub!r}. Write push_to_hub='your-name/{trainer.push_to_hub}'."
-        )
-    named = resume in ("auto", "must", "never")
-    if not named and not Path(resume).exists():
-        raise ConfigError(
-            "resume must be 'auto', 'must', 'never' or the path of a checkpoint; got "
-            f"{str(resume)!r}, and there is no such path."
-        )
-    if config.run_dir is not None:
-        return
-    if not named or resume == "must":
-        raise ConfigError(
-            f"resume={str(resume)!r} continues a run in its folder; got run_dir=None. "
-            "Write run_dir='runs/name'."
-        )
-    for name in ("save_every", "sample_every", "keep_best"):
-        if getattr(trainer, name) is not None:
-            raise ConfigError(
-                f"trainer.{name}={getattr(trainer, name)!r} writes into the run folder; got "
-                "run_dir=None. Write run_dir='runs/name'."
-            )

@@ -8,7 +8,9 @@ of a counter-based uniform number and leaves `generate` nothing to choose.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -26,6 +28,7 @@ from transformers import (
 from alignkit.draws import generator
 from alignkit.options import GenerationOptions
 from alignkit.text.content import Ids
+from alignkit.text.handed import base_of, max_positions
 
 TOKENS_PER_BATCH = 16384
 
@@ -66,21 +69,55 @@ def generate(
         eos_ids: the tokens that end an answer.
     """
     answers: list[list[int]] = [[] for _ in prompts]
-    for places in _batches(prompts, options.max_new_tokens):
-        texts = _generate_batch(
-            model, tokenizer, [prompts[p] for p in places], places, options, seed, eos_ids
-        )
-        for place, ids in zip(places, texts, strict=True):
-            answers[place] = ids
+    fitted = [_fit(prompt, options.max_new_tokens, max_positions(model)) for prompt in prompts]
+    with _no_defaults(model):
+        for places in _batches(fitted):
+            ids = [fitted[place][0] for place in places]
+            limited = replace(options, max_new_tokens=fitted[places[0]][1])
+            texts = _generate_batch(model, tokenizer, ids, places, limited, seed, eos_ids)
+            for place, answer in zip(places, texts, strict=True):
+                answers[place] = answer
     return answers
 
 
-def _batches(prompts: Sequence[Ids], new_tokens: int) -> list[list[int]]:
-    """Prompts of like length together, at most `TOKENS_PER_BATCH` positions each."""
+def _fit(prompt: Ids, new_tokens: int, positions: int | None) -> tuple[Ids, int]:
+    """The prompt and the length of its answer within the model's positions.
+
+    A prompt that is too long loses its start, but never more than leaves it half of the positions.
+    """
+    if positions is None or len(prompt) + new_tokens <= positions:
+        return prompt, new_tokens
+    prompt = prompt[-max(positions - new_tokens, positions // 2) :]
+    return prompt, min(new_tokens, positions - len(prompt))
+
+
+@contextmanager
+def _no_defaults(model: Any) -> Iterator[None]:
+    """Inside, the model has no generation defaults of its own.
+
+    `generate` fills what a given config leaves open from the model's own: a repetition penalty or a
+    temperature that nobody asked for would make the answers those of another policy.
+    """
+    owners = [m for m in (model, base_of(model)) if "generation_config" in vars(m)]
+    held = [(owner, owner.generation_config) for owner in owners]
+    try:
+        for owner in owners:
+            owner.generation_config = GenerationConfig()
+        yield
+    finally:
+        for owner, config in held:
+            owner.generation_config = config
+
+
+def _batches(fitted: Sequence[tuple[Ids, int]]) -> list[list[int]]:
+    """Prompts of like length and one limit, at most `TOKENS_PER_BATCH` positions each."""
     batches: list[list[int]] = []
-    for place in sorted(range(len(prompts)), key=lambda p: len(prompts[p])):
-        width = len(prompts[place]) + new_tokens
-        if not batches or (len(batches[-1]) + 1) * width > TOKENS_PER_BATCH:
+    order = sorted(range(len(fitted)), key=lambda p: (fitted[p][1], len(fitted[p][0])))
+    for place in order:
+        prompt, limit = fitted[place]
+        width = len(prompt) + limit
+        full = not batches or (len(batches[-1]) + 1) * width > TOKENS_PER_BATCH
+        if full or fitted[batches[-1][0]][1] != limit:
             batches.append([])
         batches[-1].append(place)
     return batches
@@ -103,7 +140,6 @@ def _generate_batch(
         ids[row, width - len(prompt) :] = prompt
         mask[row, width - len(prompt) :] = 1
     device = next(model.parameters()).device
-    # A fresh config: the model's own may carry sampling defaults that nobody asked for.
     config = GenerationConfig(
         max_new_tokens=options.max_new_tokens,
         do_sample=False,

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from alignkit.batches import Batch, Likelihood
 from alignkit.protocols import Draw, Key
 from alignkit.text.content import pad_rows
+from alignkit.text.handed import base_of, evaluating
 
 EXTRAS = frozenset({"token_logps", "token_mask"})
 
@@ -36,7 +37,7 @@ class TextLikelihood(nn.Module):
         super().__init__()
         self.model = model
         self.autocast = autocast
-        forward = inspect.signature(getattr(model, "get_base_model", lambda: model)().forward)
+        forward = inspect.signature(base_of(model).forward)
         self.takes_logits_to_keep = "logits_to_keep" in forward.parameters
         self.train(False)
 
@@ -53,6 +54,11 @@ class TextLikelihood(nn.Module):
             raise ValueError(
                 f"The text likelihood has no extra {sorted(unknown)}; it has {sorted(EXTRAS)}."
             )
+        # Given back to its owner, the model may be in train mode again.
+        with evaluating(self.model) if self.model.training else nullcontext():
+            return self._likelihood(batch, want)
+
+    def _likelihood(self, batch: Batch, want: frozenset[str]) -> Likelihood:
         device = next(self.model.parameters()).device
         rows = pad_rows(batch.content).to(device)
         # Position s predicts token s + 1, so the last position and those before start - 1 are not
@@ -96,45 +102,63 @@ def repeated_layers(model: nn.Module) -> list[nn.Module]:
 
 
 class TextBackend:
-    """Evaluates answers under the policy. Text needs no draw: its likelihood is deterministic."""
+    """Evaluates answers under the policy. Text needs no draw: its likelihood is deterministic.
+
+    Attributes:
+        module: the policy's likelihood module, wrapped or not.
+        packing: "bucket" puts groups of like length together, so that little padding is computed;
+            "none" keeps their order; "auto" buckets where micro-batches are "auto", too.
+    """
 
     def __init__(self, module: nn.Module) -> None:
         self.module: nn.Module = module
+        self.packing = "auto"
 
     def draw(self, batch: Batch, key: Key) -> Draw:
         return None
 
     def split(self, batch: Batch, budget: int | str) -> list[Batch]:
-        """Micro-batches of at most `budget` groups; "auto": of at most `AUTO_TOKENS` padded tokens.
-
-        Groups of like length go together in "auto", so that little padding is computed.
-        """
-        if budget != "auto":
+        """Micro-batches of at most `budget` groups; "auto": of at most `AUTO_TOKENS` tokens."""
+        auto = budget == "auto"
+        if not auto and int(budget) >= batch.num_groups:
+            return [batch]
+        longest, answers = _sizes(batch)
+        order = list(range(batch.num_groups))
+        if self.packing == "bucket" or (self.packing == "auto" and auto):
+            order.sort(key=lambda group: (longest[group], group))
+        if not auto:
             size = int(budget)
-            num = batch.num_groups
-            if size >= num:
-                return [batch]
-            return [batch.select(range(s, min(s + size, num))) for s in range(0, num, size)]
-        return [batch.select(groups) for groups in _by_length(batch, AUTO_TOKENS)]
+            pieces = [order[start : start + size] for start in range(0, len(order), size)]
+        else:
+            pieces = _within(order, longest, answers, AUTO_TOKENS)
+        return [batch.select(piece) for piece in pieces]
 
 
 AUTO_TOKENS = 8192
 """Padded tokens per micro-batch for "auto": 1 GB of float32 logits at a vocabulary of 32,000."""
 
 
-def _by_length(batch: Batch, budget: int) -> list[list[int]]:
-    """Groups sorted by their longest answer, cut where the padded size would pass the budget."""
+def _sizes(batch: Batch) -> tuple[list[int], list[int]]:
+    """Of each group: tokens of its longest answer with the prompt, and number of answers."""
     longest = [0] * batch.num_groups
     answers = [0] * batch.num_groups
     for group, length in zip(batch.group.tolist(), batch.content.lengths(), strict=True):
         longest[group] = max(longest[group], length)
         answers[group] += 1
+    return longest, answers
+
+
+def _within(
+    order: list[int], longest: list[int], answers: list[int], budget: int
+) -> list[list[int]]:
+    """Groups in their order, cut where the padded size would pass the budget."""
     pieces: list[list[int]] = [[]]
-    rows = 0
-    for group in sorted(range(batch.num_groups), key=lambda g: (longest[g], g)):
-        if pieces[-1] and (rows + answers[group]) * longest[group] > budget:
+    rows, width = 0, 0
+    for group in order:
+        wider = max(width, longest[group])
+        if pieces[-1] and (rows + answers[group]) * wider > budget:
             pieces.append([])
-            rows = 0
+            rows, wider = 0, longest[group]
         pieces[-1].append(group)
-        rows += answers[group]
+        rows, width = rows + answers[group], wider
     return pieces

@@ -1,67 +1,19 @@
-"""Loading causal language models and attaching adapters; what is the caller's stays as it is."""
+"""Attaching adapters to causal language models and marking what is trained."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from pathlib import Path
+import warnings
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import nn
 
-from alignkit.adapters import lora_config
+from alignkit.adapters import adapter_layers, lora_config, refuse_contradiction
 from alignkit.errors import ConfigError, nearest
 from alignkit.options import LoRA
+from alignkit.text.handed import base_of
 from alignkit.text.likelihood import repeated_layers
-
-
-def load(policy: Any, *, dtype: torch.dtype) -> tuple[Any, Any]:
-    """(model, tokenizer) from a folder, a hub name, or the pair itself.
-
-    A folder with a PEFT adapter is loaded on its base, trainable. Weights come from safetensors
-    only, and no code of the repository is run.
-
-    Raises:
-        ConfigError: if it is none of these, or has no tokenizer.
-    """
-    if isinstance(policy, (tuple, list)):
-        return _in_memory(policy)
-    if not isinstance(policy, (str, Path)):
-        raise ConfigError(
-            "A text policy is a folder, a hub name, or (model, tokenizer); got "
-            f"{type(policy).__name__}. A model in hand comes with its tokenizer: (model, "
-            "tokenizer)."
-        )
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    name = str(policy)
-    # Weights only from safetensors: other formats are unpickled.
-    options: dict[str, Any] = {"dtype": dtype, "use_safetensors": True}
-    try:
-        if (Path(name) / "adapter_config.json").exists():
-            from peft import AutoPeftModelForCausalLM
-
-            model = AutoPeftModelForCausalLM.from_pretrained(name, is_trainable=True, **options)
-            # As peft saves them: further adapters in sub-folders of their names, here switched off.
-            for file in sorted(Path(name).glob("*/adapter_config.json")):
-                model.load_adapter(str(file.parent), adapter_name=file.parent.name)
-        else:
-            model = AutoModelForCausalLM.from_pretrained(name, **options)
-        tokenizer = AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError, SafetensorError) as error:
-        raise ConfigError(
-            f"The policy {name!r} could not be loaded as a causal language model with its "
-            f"tokenizer: {error}"
-        ) from error
-    return model, tokenizer
-
-
-def _in_memory(policy: Sequence[Any]) -> tuple[Any, Any]:
-    if len(policy) != 2 or not isinstance(policy[0], nn.Module) or not callable(policy[1]):
-        kinds = ", ".join(type(part).__name__ for part in policy)
-        raise ConfigError(f"A text policy in memory is (model, tokenizer); got ({kinds}).")
-    return policy[0], policy[1]
+from alignkit.text.loading import adapter_folder
 
 
 def attach(model: Any, adapter: LoRA | None) -> tuple[Any, str]:
@@ -69,7 +21,7 @@ def attach(model: Any, adapter: LoRA | None) -> tuple[Any, str]:
 
     Trained parameters become float32, whatever the rest is stored in.
     """
-    from peft import PeftModel, get_peft_model
+    from peft import PeftModel
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     if isinstance(model, PeftModel):
@@ -90,16 +42,10 @@ def attach(model: Any, adapter: LoRA | None) -> tuple[Any, str]:
         model.requires_grad_(True)
         kind = "none"
     elif adapter.continue_from is not None:
-        model = PeftModel.from_pretrained(model, adapter.continue_from, is_trainable=True)
+        model = _continued(model, adapter)
         kind = "continued"
     else:
-        from transformers.pytorch_utils import Conv1D
-
-        targets = _targets(model, adapter)
-        # GPT-2's Conv1D stores its weight transposed.
-        transposed = any(isinstance(module, Conv1D) for module in model.modules())
-        config = lora_config(adapter, targets, task_type="CAUSAL_LM", fan_in_fan_out=transposed)
-        model = get_peft_model(model, config)
+        model = _fresh(model, adapter)
         kind = "fresh"
     for parameter in model.parameters():
         if parameter.requires_grad and parameter.dtype != torch.float32:
@@ -107,14 +53,59 @@ def attach(model: Any, adapter: LoRA | None) -> tuple[Any, str]:
     return model, kind
 
 
-def _train_active_adapter(model: Any) -> None:
-    """Only the active adapter trains; peft may have loaded it for inference."""
+def _fresh(model: Any, adapter: LoRA) -> Any:
+    from peft import get_peft_model
+    from transformers.pytorch_utils import Conv1D
+
+    targets = _targets(model, adapter)
+    # GPT-2's Conv1D stores its weight transposed.
+    transposed = any(isinstance(module, Conv1D) for module in model.modules())
+    config = lora_config(adapter, targets, task_type="CAUSAL_LM", fan_in_fan_out=transposed)
+    try:
+        with warnings.catch_warnings():
+            # peft 0.21 reads a property that transformers 5.23 renamed.
+            warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
+            return get_peft_model(model, config)
+    except ValueError as error:  # layers that peft cannot adapt, such as Mamba's projections
+        detach(model)
+        raise ConfigError(
+            f"peft cannot adapt these layers of {type(model).__name__}: {error} Name others with "
+            "adapter.targets."
+        ) from error
+
+
+def _continued(model: Any, adapter: LoRA) -> Any:
+    from peft import PeftModel
+
+    folder = adapter_folder(str(adapter.continue_from))
+    if folder is None:
+        raise ConfigError(
+            "adapter.continue_from must be the folder or hub name of a PEFT adapter, with "
+            f"adapter_config.json; got {str(adapter.continue_from)!r}."
+        )
+    model = PeftModel.from_pretrained(model, str(folder), is_trainable=True)
+    refuse_contradiction(model.peft_config[model.active_adapter], adapter)
+    return model
+
+
+def detach(model: Any) -> Any:
+    """The model without the adapter that `attach` gave it, as far as that got."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
-    model.requires_grad_(False)
-    for layer in model.modules():
+    base = model.unload() if hasattr(model, "unload") else model
+    for name, layer in list(base.named_modules()):
         if isinstance(layer, BaseTunerLayer):
-            layer.set_adapter(layer.active_adapters)
+            owner, _, last = name.rpartition(".")
+            setattr(base.get_submodule(owner), last, layer.get_base_layer())
+    vars(base).pop("peft_config", None)
+    return base
+
+
+def _train_active_adapter(model: Any) -> None:
+    """Only the active adapter trains; peft may have loaded it for inference."""
+    model.requires_grad_(False)
+    for layer in adapter_layers(model):
+        layer.set_adapter(layer.active_adapters)
 
 
 def _targets(model: Any, adapter: LoRA) -> list[str] | str:
@@ -162,7 +153,7 @@ def checkpoint_layers(model: Any) -> None:
     eval mode so that dropout is off: so the flag is set on the layers themselves and not on what
     they contain.
     """
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base = base_of(model)
     if not getattr(base, "supports_gradient_checkpointing", False):
         raise ConfigError(
             f"{type(base).__name__} does not support gradient checkpointing; set "
@@ -170,7 +161,11 @@ def checkpoint_layers(model: Any) -> None:
         )
     # transformers 5.23 renamed it.
     renamed = getattr(base, "activation_checkpointing_enable", None)
+    hooked = bool(getattr(base, "_require_grads_hooks", None))
     (renamed or base.gradient_checkpointing_enable)({"use_reentrant": False})
+    if not hooked:  # only reentrant checkpointing needs inputs with a gradient
+        base.disable_input_require_grads()
+        vars(base).pop("_require_grads_hooks", None)
     for layer in model.modules():
         if getattr(layer, "gradient_checkpointing", False) is True:
             drops = [

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +16,15 @@ from alignkit.columns import check_kind
 from alignkit.errors import ConfigError
 from alignkit.memory import align_memory
 from alignkit.options import GenerationOptions, LoRA, TextOptions
+from alignkit.protocols import Wing
 from alignkit.rows import read_rows
 from alignkit.text.data import TextExamples, read_examples
 from alignkit.text.formats import left_open, prompt_text, render_prompt
 from alignkit.text.generation import generate
+from alignkit.text.handed import State, base_of, evaluating, max_positions
 from alignkit.text.likelihood import TextBackend, TextLikelihood
-from alignkit.text.policy import attach, checkpoint_layers, load
+from alignkit.text.loading import load
+from alignkit.text.policy import attach, checkpoint_layers, detach
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -34,6 +37,7 @@ def build(
     precision: str = "fp32",
     gradient_checkpointing: bool | str = False,
     seed: int = 0,
+    beside: Wing | None = None,
 ) -> TextWing:
     """Load a causal language model and mark what is trained.
 
@@ -42,39 +46,49 @@ def build(
         adapter: a LoRA to attach or continue; None trains all weights.
         device: where to compute.
         precision: "fp32", "bf16" or "fp16" of frozen weights and of the arithmetic; trained
-            weights are float32 in any case.
+            weights are float32 in any case. Frozen weights in hand keep their dtype.
         gradient_checkpointing: recompute block activations in backward; "auto" does so on GPUs.
         seed: of the adapter's initial weights.
+        beside: the policy's wing, if this model is its reference.
 
     Raises:
         ConfigError: if the policy or the adapter's targets are not usable.
     """
     dtype = DTYPES[precision]
-    model, tokenizer = load(policy, dtype=dtype)
-    was_training = model.training
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)  # peft draws A from the global generator
-        model, kind = attach(model, adapter)
+    masters = adapter is None if beside is None else beside.adapter == "none"
+    model, tokenizer = load(policy, dtype=dtype, masters=torch.float32 if masters else dtype)
+    before = State(model, gradients=isinstance(policy, (tuple, list)))
+    kind, dtypes = "none", {}
+    if beside is None:
+        dtypes = {p: p.dtype for p in model.parameters()}
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)  # peft draws A from the global generator
+            model, kind = attach(model, adapter)
     model.to(device)
     align_memory(model)
-    autocast = None if dtype == torch.float32 else dtype
-    module = TextLikelihood(model, autocast=autocast)
+    module = TextLikelihood(model, autocast=None if dtype == torch.float32 else dtype)
     if gradient_checkpointing == "auto":
         gradient_checkpointing = torch.device(device).type == "cuda"
+    wing = TextWing(
+        model, tokenizer, module, adapter=kind, before=before, dtypes=dtypes, added=adapter
+    )
     if gradient_checkpointing:
         checkpoint_layers(model)
-    return TextWing(
-        model,
-        tokenizer,
-        module,
-        adapter=kind,
-        was_training=was_training,
-        checkpointed=bool(gradient_checkpointing),
-    )
+    return wing
 
 
 class TextWing:
-    """See `alignkit.protocols.Wing`."""
+    """See `alignkit.protocols.Wing`.
+
+    Args:
+        model: the policy.
+        tokenizer: its tokenizer.
+        module: its likelihood module.
+        adapter: "none", "fresh" or "continued".
+        before: how the model came.
+        dtypes: parameter -> its dtype when it came.
+        added: the adapter that was attached here, if any.
+    """
 
     modality = "text"
     default_options = TextOptions()
@@ -86,17 +100,20 @@ class TextWing:
         module: TextLikelihood,
         *,
         adapter: str,
-        was_training: bool,
-        checkpointed: bool,
+        before: State,
+        dtypes: Mapping[nn.Parameter, torch.dtype],
+        added: LoRA | None,
     ) -> None:
         self.policy = model
         self.tokenizer = tokenizer
         self.module = module
         self.backend = TextBackend(module)
         self.adapter = adapter
-        self.was_training = was_training
-        self.checkpointed = checkpointed
         self.chat = bool(getattr(tokenizer, "chat_template", None))
+        self._before = before
+        self._dtypes = dtypes
+        self._added = added is not None
+        self._working: State | None = None
 
     def adapters_off(self) -> AbstractContextManager[None]:
         return adapters_off(self.policy)
@@ -111,29 +128,35 @@ class TextWing:
         check_kind(kind)
         rows = read_rows(data, columns=options.columns)
         examples = read_examples(rows, self.tokenizer, options, kind)
-        self._check_vocabulary(examples)
+        self._check_fit(examples)
         self.chat = examples.chat
+        self.backend.packing = options.packing
         return examples
 
-    def _check_vocabulary(self, examples: TextExamples) -> None:
-        """An id beyond the embedding would read past its end (and on a GPU kill the process)."""
-        size = self.policy.get_input_embeddings().num_embeddings
-        top = max(
-            (int(ids.max()) for row in examples.rows for ids in (row.prompt, *row.answers)),
-            default=0,
-        )
+    def _check_fit(self, examples: TextExamples) -> None:
+        """Ids and positions beyond the embeddings would read past their end, and kill a GPU."""
+        size = self.policy.get_input_embeddings().weight.shape[0]
+        top, length = 0, 0
+        for row in examples.rows:
+            top = max(top, *(int(ids.max()) for ids in (row.prompt, *row.answers)))
+            length = max(length, len(row.prompt) + max(map(len, row.answers)))
         if top >= size:
             raise ConfigError(
                 f"The tokenizer gives id {top} and the model has {size} embeddings: they do not "
-                "belong "
-                "together. Give the model's own tokenizer, or resize the embeddings."
+                "belong together. Give the model's own tokenizer, or resize the embeddings."
+            )
+        positions = max_positions(self.policy)
+        if positions is not None and length > positions:
+            raise ConfigError(
+                f"The longest row has {length} tokens, and the model has {positions} positions. "
+                f"Set data_options.max_length={positions}, so that longer rows are cut."
             )
 
     def sample(self, prompts: Sequence[Any], options: GenerationOptions, *, seed: int) -> list[str]:
         """One answer per prompt; bare strings are wrapped as a user's turn if the data was chat."""
         ids = self._prompt_ids(prompts)
         eos = self._eos_ids()
-        with _evaluating(self.policy):
+        with evaluating(self.policy):
             new = generate(self.policy, self.tokenizer, ids, options, seed=seed, eos_ids=eos)
         return [self.tokenizer.decode(one, skip_special_tokens=True).strip() for one in new]
 
@@ -174,7 +197,7 @@ class TextWing:
 
     def describe(self) -> dict[str, Any]:
         parameters = list(self.policy.parameters())
-        base = self.policy.get_base_model() if self.adapter != "none" else self.policy
+        base = base_of(self.policy)
         return {
             "class": type(base).__name__,
             "parameters": sum(p.numel() for p in parameters),
@@ -200,22 +223,24 @@ class TextWing:
         vars(config).update(before)
         self.tokenizer.save_pretrained(folder)
 
+    def engage(self) -> None:
+        """Eval mode, gradient flags and checkpointing as they were while training."""
+        if self._working is not None:
+            self._working.restore()
+            self._working = None
+
     def release(self) -> None:
-        """Give a model in hand back in the mode it came in."""
-        if self.checkpointed:
-            base = self.policy.get_base_model() if self.adapter != "none" else self.policy
-            renamed = getattr(base, "activation_checkpointing_disable", None)
-            (renamed or base.gradient_checkpointing_disable)()
-        self.policy.train(self.was_training)
+        """Give the model back as it came, apart from its weights."""
+        if self._working is None:
+            self._working = State(self.policy)
+            self.policy.train(self._before.training)
+            self._before.restore()
 
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """All of the model in eval mode: no dropout, and no checkpointing, which forbids the cache."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
+    def undo(self) -> None:
+        """After a failure: release, take off the adapter that was added, and undo all casts."""
+        self.release()
+        if self._added:
+            self.policy = detach(self.policy)
+            self._added = False
+        for parameter, dtype in self._dtypes.items():
+            parameter.data = parameter.data.to(dtype)

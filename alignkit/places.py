@@ -1,0 +1,20 @@
+"""Telling paths from hub names, and refusing paths that lead nowhere before anything is loaded."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
+"""The file formats of rows; in a folder, the earlier one wins."""
+
+
+def is_missing(place: str | Path) -> bool:
+    """Whether `place` was meant as a path and is not there.
+
+    A hub name is "name" or "owner/name"; everything else was meant as a path.
+    """
+    path = Path(place).expanduser()
+    if path.exists():
+        return False
+    looks_like_path = path.suffix.lower() in SUFFIXES or path.is_absolute()
+    return looks_like_path or str(place).startswith(".") or str(place).count("/") > 1

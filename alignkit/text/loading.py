@@ -1,0 +1,124 @@
+"""Loading causal language models; weights from safetensors only, and no code of a repository."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from torch import nn
+
+from alignkit.errors import ConfigError
+
+ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+_NO_CODE: dict[str, Any] = {"trust_remote_code": False}
+# Left out, it would ask on the terminal whether to run the code that a repository brings.
+
+
+def load(policy: Any, *, dtype: torch.dtype, masters: torch.dtype) -> tuple[Any, Any]:
+    """(model, tokenizer) from a folder, a hub name, or the pair itself.
+
+    A folder with a PEFT adapter is loaded on its base, trainable.
+
+    Args:
+        policy: what to load.
+        dtype: of the base under an adapter.
+        masters: of a model without an adapter.
+
+    Raises:
+        ConfigError: if it is none of these, lacks weights, or has no tokenizer.
+    """
+    if isinstance(policy, (tuple, list)):
+        return _in_memory(policy)
+    if not isinstance(policy, (str, Path)):
+        raise ConfigError(
+            "A text policy is a folder, a hub name, or (model, tokenizer); got "
+            f"{type(policy).__name__}. A model in hand comes with its tokenizer: (model, "
+            "tokenizer)."
+        )
+    name = str(policy)
+    try:
+        folder = adapter_folder(name)
+        if folder is None:
+            return _whole(name, masters), _tokenizer(name)
+        return _on_its_base(folder, dtype)
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
+        if isinstance(error, ConfigError):
+            raise
+        raise ConfigError(
+            f"The policy {name!r} could not be loaded as a causal language model with its "
+            f"tokenizer: {error}"
+        ) from error
+
+
+def adapter_folder(name: str) -> Path | None:
+    """The local folder of a PEFT adapter; None if `name` is no adapter.
+
+    Raises:
+        ConfigError: if its weights are not safetensors.
+    """
+    from transformers.utils import cached_file
+
+    found = cached_file(
+        name,
+        ADAPTER_CONFIG,
+        _raise_exceptions_for_gated_repo=False,
+        _raise_exceptions_for_missing_entries=False,
+        _raise_exceptions_for_connection_errors=False,
+    )
+    if found is None:
+        return None
+    weights = cached_file(name, ADAPTER_WEIGHTS, _raise_exceptions_for_missing_entries=False)
+    if weights is None:
+        raise ConfigError(
+            f"The adapter {name!r} must hold {ADAPTER_WEIGHTS}, and it does not: other formats are "
+            "unpickled, which can run code. Load it with peft yourself and save it again with "
+            "save_pretrained."
+        )
+    return Path(found).parent
+
+
+def _whole(name: str, dtype: torch.dtype) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    model, told = AutoModelForCausalLM.from_pretrained(
+        name, dtype=dtype, use_safetensors=True, output_loading_info=True, **_NO_CODE
+    )
+    if told["missing_keys"]:
+        some = sorted(told["missing_keys"])
+        raise ConfigError(
+            f"The policy {name!r} lacks weights of {type(model).__name__}, which would start at "
+            f"random: {', '.join(some[:4])}{' ...' if len(some) > 4 else ''}. Give a checkpoint of "
+            "a causal language model with its head."
+        )
+    return model
+
+
+def _on_its_base(folder: Path, dtype: torch.dtype) -> tuple[Any, Any]:
+    from peft import AutoPeftModelForCausalLM
+
+    model = AutoPeftModelForCausalLM.from_pretrained(
+        str(folder), is_trainable=True, dtype=dtype, use_safetensors=True, **_NO_CODE
+    )
+    # As peft saves them: further adapters in sub-folders of their names, here switched off.
+    for file in sorted(folder.glob(f"*/{ADAPTER_CONFIG}")):
+        adapter_folder(str(file.parent))
+        model.load_adapter(str(file.parent), adapter_name=file.parent.name)
+    if any(folder.glob("tokenizer*")):
+        return model, _tokenizer(str(folder))
+    return model, _tokenizer(model.peft_config[model.active_adapter].base_model_name_or_path)
+
+
+def _tokenizer(name: str) -> Any:
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(name, **_NO_CODE)
+
+
+def _in_memory(policy: Sequence[Any]) -> tuple[Any, Any]:
+    if len(policy) != 2 or not isinstance(policy[0], nn.Module) or not callable(policy[1]):
+        kinds = ", ".join(type(part).__name__ for part in policy)
+        raise ConfigError(f"A text policy in memory is (model, tokenizer); got ({kinds}).")
+    return policy[0], policy[1]
