@@ -14,15 +14,16 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from alignkit.batches import Batch, Likelihood
+from alignkit.losses.modifiers import token_alignment
 from alignkit.protocols import Draw, Key
 from alignkit.text.content import pad_rows
 from alignkit.text.handed import base_of, evaluating
 
-EXTRAS = frozenset({"token_logps", "token_mask"})
+EXTRAS = frozenset({"token_logps", "token_mask", "public", "alignment"})
 
 
 class TextLikelihood(nn.Module):
@@ -48,7 +49,13 @@ class TextLikelihood(nn.Module):
     def forward(
         self, batch: Batch, draw: Draw = None, want: frozenset[str] = frozenset()
     ) -> Likelihood:
-        """Likelihood of the N answers; extras "token_logps" (N, K) float32, "token_mask" (N, K)."""
+        """Likelihood of the N answers.
+
+        Extras: "token_logps" (N, K) float32 and "token_mask" (N, K); "public" (N,), the
+        log-likelihood of the first k tokens of each answer, k the shortest length in its group, so
+        that `total` less it is the rest's (LD-DPO); "alignment" (N,), detached, the mean over an
+        answer's tokens of ln p(token) - ln sum_v p(v)^2 (WPO).
+        """
         unknown = want - EXTRAS
         if unknown:
             raise ValueError(
@@ -68,11 +75,16 @@ class TextLikelihood(nn.Module):
             logits = self._logits(rows.ids, rows.attention, keep)[:, :-1]  # (N, K, V)
         token_logps = gather_logps(logits, rows.ids[:, rows.start :])  # (N, K)
         token_logps = token_logps.masked_fill(~rows.completion, 0.0)
-        extras = {"token_logps": token_logps, "token_mask": rows.completion}
+        made = {
+            "token_logps": lambda: token_logps,
+            "token_mask": lambda: rows.completion,
+            "public": lambda: public_logps(token_logps, rows.completion, batch),
+            "alignment": lambda: mean_alignment(token_logps, rows.completion, logits),
+        }
         return Likelihood(
             total=token_logps.sum(-1),
             length=rows.completion.sum(-1).float(),
-            extras={name: extras[name] for name in want},
+            extras={name: made[name]() for name in want},
         )
 
     def _logits(self, ids: Tensor, attention: Tensor, keep: int) -> Tensor:
@@ -93,6 +105,29 @@ def gather_logps(logits: Float[Tensor, "N K V"], ids: Tensor) -> Float[Tensor, "
     logits = logits.float()
     picked = logits.gather(-1, ids.unsqueeze(-1)).squeeze(-1)
     return picked - logits.logsumexp(-1)
+
+
+def public_logps(
+    token_logps: Float[Tensor, "N K"], mask: Bool[Tensor, "N K"], batch: Batch
+) -> Float[Tensor, " N"]:
+    """Sum over the first k completion tokens of each answer, k the shortest length in its group."""
+    lengths, group = mask.sum(-1), batch.group.to(mask.device)
+    shortest = lengths.new_zeros(batch.num_groups)
+    shortest = shortest.scatter_reduce(0, group, lengths, "amin", include_self=False)
+    place = mask.cumsum(-1)  # 1 for the first completion token
+    return torch.where(mask & (place <= shortest[group][:, None]), token_logps, 0.0).sum(-1)
+
+
+@torch.no_grad()
+def mean_alignment(
+    token_logps: Float[Tensor, "N K"], mask: Bool[Tensor, "N K"], logits: Float[Tensor, "N K V"]
+) -> Float[Tensor, " N"]:
+    """Mean over an answer's tokens of ln p(token) - ln sum_v p(v)^2, detached.
+
+    Row by row: what is made on the way is as large as one answer's logits.
+    """
+    alignment = torch.stack(list(map(token_alignment, token_logps, logits)))  # (N, K)
+    return torch.where(mask, alignment, 0.0).sum(-1) / mask.sum(-1)
 
 
 def repeated_layers(model: nn.Module) -> list[nn.Module]:
