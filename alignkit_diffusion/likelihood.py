@@ -4,6 +4,16 @@ Wallace et al. 2023 (2311.12908), eq. 14, in the form that its authors' code giv
 a pair is -beta/2 [(L_w - L_l) - (R_w - R_l)] with L and R the *mean* squared errors of policy and
 reference. With `total` = -L/2 that is beta times the difference of log-ratios, the same formula as
 for text.
+
+    total = -1/2 weight_t L          weight 1 ("uniform"), or another of mean 1 over timesteps
+    total = -T D w_t L               "nats": w_t the exact weights of the ELBO, T timesteps, D
+                                     elements of a latent, so D L is the sum of squared errors
+
+Averaged over timesteps and noise, the second is the ELBO in nats up to a constant that policy and
+reference share: log-ratios mean for images what they mean for text, as losses that are no function
+of beta * log_ratio alone require. For weights that hardly vary with t, a nat is 1 / (2 D sum w_t)
+of the first unit. SDXL: sum w_t = 6.53; at 1024 px D = 65536, and beta 5000 of the first unit is
+0.0058 in nats.
 """
 
 from __future__ import annotations
@@ -13,7 +23,8 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
-from torch import nn
+from jaxtyping import Float
+from torch import Tensor, nn
 
 from alignkit.batches import Batch, Likelihood
 from alignkit.draws import generator
@@ -23,7 +34,7 @@ from alignkit_diffusion.content import ImageContent, ImageDraw
 from alignkit_diffusion.families import Family
 from alignkit_diffusion.memory import MemoryModel
 
-EXTRAS = ("error", "timestep")
+EXTRAS = ("error", "timestep", "overlap")
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -45,16 +56,28 @@ class DenoisingLikelihood(nn.Module):
         family: what it predicts, and of what.
         precision: "fp32", "bf16" or "fp16", the dtype that it computes in under autocast.
         gradient_checkpointing: recompute activations in backward.
+        timestep_weighting: "uniform" as published, "min_snr", "elbo" or "nats"; a reference that is
+            another module has the same.
     """
 
     def __init__(
-        self, unet: nn.Module, family: Family, *, precision: str, gradient_checkpointing: bool
+        self,
+        unet: nn.Module,
+        family: Family,
+        *,
+        precision: str,
+        gradient_checkpointing: bool,
+        timestep_weighting: str = "uniform",
     ) -> None:
         super().__init__()
         self.unet = unet
         self.family = family
         self.precision = precision
         self.gradient_checkpointing = gradient_checkpointing
+        self.timestep_weighting = timestep_weighting
+        self._weights = (
+            None if timestep_weighting == "uniform" else family.timestep_weights(timestep_weighting)
+        )
         self.train(False)
 
     def train(self, mode: bool = True) -> DenoisingLikelihood:
@@ -69,12 +92,16 @@ class DenoisingLikelihood(nn.Module):
     def forward(
         self, batch: Batch, draw: ImageDraw, want: frozenset[str] = frozenset()
     ) -> Likelihood:
-        """Minus half the mean squared error of each image.
+        """Minus half the weighted mean squared error of each image.
 
         Args:
             batch: N images of one latent shape, in G groups.
             draw: timestep and noise of each group.
-            want: of "error", the mean squared error (N,) float32, and "timestep", (N,) int64.
+            want: of "error", the unweighted mean squared error (N,) float32; "timestep", (N,)
+                int64; and "overlap" (N,) float32, detached: the mean over elements of an image's
+                residual times that of the best-ranked image of its group. It is proportional to the
+                product of the two errors' gradients with respect to the UNet's output, and the
+                best image's own to its square, which is its "error" (SDPO).
 
         Raises:
             ConfigError: an extra is unknown.
@@ -97,16 +124,40 @@ class DenoisingLikelihood(nn.Module):
         # off by about 1 (rms).
         difference = found.target.float() - found.prediction.float()  # (N, C, H, W)
         error = difference.square().mean(dim=(1, 2, 3))  # (N,)
-        extras = {"error": error, "timestep": timesteps.to(device)}
+        made = {
+            "error": lambda: error,
+            "timestep": lambda: timesteps.to(device),
+            "overlap": lambda: overlap(difference, batch),
+        }
         return Likelihood(
-            total=-0.5 * found.weight * error,
+            total=-0.5 * found.weight * self._weight(timesteps, difference) * error,
             length=torch.ones_like(error),
-            extras={name: extras[name] for name in want},
+            extras={name: made[name]() for name in want},
         )
+
+    def _weight(self, timesteps: Tensor, difference: Tensor) -> Tensor | float:
+        """The weight of each image by its timestep, (N,) float32."""
+        if self._weights is None:
+            return 1.0
+        elements = difference[0].numel() if self.timestep_weighting == "nats" else 1
+        return (elements * self._weights[timesteps]).float().to(difference.device)
 
     def _checkpointing(self) -> AbstractContextManager[None]:
         recompute = self.gradient_checkpointing and torch.is_grad_enabled()
         return checkpointing(self.unet) if recompute else nullcontext()
+
+
+@torch.no_grad()
+def overlap(residual: Float[Tensor, "N C H W"], batch: Batch) -> Float[Tensor, " N"]:
+    """Mean over elements of an image's residual times that of the best of its group."""
+    ranks = torch.where(batch.rank < 0, batch.num_answers, batch.rank).tolist()
+    groups = batch.group.tolist()
+    best: dict[int, int] = {}
+    for answer, group in enumerate(groups):
+        if ranks[answer] < ranks[best.setdefault(group, answer)]:
+            best[group] = answer
+    other = torch.tensor([best[group] for group in groups], device=residual.device)
+    return (residual * residual[other]).mean(dim=(1, 2, 3))
 
 
 @contextmanager

@@ -12,8 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from alignkit.errors import ConfigError
+from alignkit.errors import ConfigError, refuse_unknown
+from alignkit.losses.modifiers import TIMESTEP_WEIGHTINGS, nats_per_error, timestep_weights
 
+WEIGHTINGS = (*TIMESTEP_WEIGHTINGS, "nats")
 PREDICTION_TYPES = ("epsilon", "v_prediction")
 BETAS = (
     "num_train_timesteps",
@@ -46,6 +48,21 @@ class Schedule:
         """abar_t / (1 - abar_t), float64, in the shape of `timesteps`."""
         abar = self.alphas_cumprod[timesteps]
         return abar / (1 - abar)
+
+    def weights(self, kind: str) -> Tensor:
+        """(T,) float64, what half an image's mean squared error counts at each timestep.
+
+        "uniform", "min_snr" and "elbo" have mean 1, see `losses.modifiers.timestep_weights`. "nats"
+        is 2 T w_t, w the exact weights of the ELBO: times the latent's elements, the mean over
+        timesteps of minus half the weighted error is the ELBO in nats, up to a constant.
+
+        Raises:
+            ConfigError: `kind` is unknown.
+        """
+        refuse_unknown("timestep_weighting", kind, WEIGHTINGS)
+        if kind == "nats":
+            return 2 * nats_per_error(self.alphas_cumprod, 1, self.prediction_type)
+        return timestep_weights(kind, self.alphas_cumprod, self.prediction_type)
 
     def coefficients(self, timesteps: Tensor) -> tuple[Tensor, Tensor]:
         """sqrt(abar_t) and sqrt(1 - abar_t), (N, 1, 1, 1) float32 on the CPU, at timesteps (N,)."""

@@ -22,6 +22,7 @@ from alignkit_diffusion.likelihood import DenoisingLikelihood, ImageBackend
 from alignkit_diffusion.memory import MemoryModel
 from alignkit_diffusion.policy import Policy, factor_of, load_policy, native_size
 
+NATS = "nats: the ELBO, estimated at one shared timestep and noise"
 UNIT = "half the mean squared denoising error per latent element, at a shared timestep and noise"
 
 
@@ -33,6 +34,7 @@ def build(
     precision: str,
     gradient_checkpointing: bool | str,
     seed: int,
+    timestep_weighting: str = "uniform",
     beside: Wing | None = None,
 ) -> ImageWing:
     """Load an SDXL pipeline and make its UNet, or an adapter on it, trainable.
@@ -46,10 +48,14 @@ def build(
             in.
         gradient_checkpointing: "auto" turns it on where one pair at the native size would not fit.
         seed: of the adapter's start.
-        beside: the policy's wing, if this pipeline is its reference.
+        timestep_weighting: how the errors of an image weigh over timesteps, the method's option of
+            the same name: "uniform", "min_snr", "elbo", or "nats", which changes the unit of
+            `Likelihood.total` to the ELBO in nats (see `likelihood`).
+        beside: the policy's wing, if this pipeline is its reference, whose weighting it takes.
 
     Raises:
-        ConfigError: the pipeline, the adapter's targets or folder, or the precision cannot be used.
+        ConfigError: the pipeline, the adapter's targets or folder, the precision or the weighting
+            cannot be used.
     """
     device = torch.device(device)
     if adapter is not None:
@@ -64,6 +70,7 @@ def build(
         _give_adapter(unet, adapter, seed)
     if beside is not None:
         unet.requires_grad_(False)
+        timestep_weighting = getattr(beside, "timestep_weighting", timestep_weighting)
     elif whole:
         unet.requires_grad_(True)
     else:
@@ -74,6 +81,7 @@ def build(
         device=device,
         precision=precision,
         gradient_checkpointing=gradient_checkpointing,
+        timestep_weighting=timestep_weighting,
         added=adapter is not None,
     )
 
@@ -114,6 +122,7 @@ class ImageWing:
         device: torch.device,
         precision: str,
         gradient_checkpointing: bool | str,
+        timestep_weighting: str,
         added: bool = False,
     ) -> None:
         self.policy = loaded.pipe
@@ -121,6 +130,7 @@ class ImageWing:
         self.adapter = adapter
         self.device = device
         self.precision = precision
+        self.timestep_weighting = timestep_weighting
         self._family = loaded.family
         self._autoencoder = Autoencoder(loaded.vae, device)
         factor = self._autoencoder.factor
@@ -144,6 +154,7 @@ class ImageWing:
             self._family,
             precision=self.precision,
             gradient_checkpointing=bool(checkpointing),
+            timestep_weighting=self.timestep_weighting,
         )
         memory = memory.checkpointed() if checkpointing else memory
         return module, ImageBackend(module, self._family, memory)
@@ -232,7 +243,8 @@ class ImageWing:
             "adapter": self.adapter,
             "gradient_checkpointing": self._module.gradient_checkpointing,
             "resolution": self.default_options.resolution,
-            "log_ratio_unit": UNIT,
+            "log_ratio_unit": NATS if self.timestep_weighting == "nats" else UNIT,
+            "timestep_weighting": self.timestep_weighting,
             **self._family.describe(),
         }
 

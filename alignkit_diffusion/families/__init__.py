@@ -28,7 +28,8 @@ class Prediction(NamedTuple):
     Attributes:
         prediction: (N, C, H, W) in the dtype the model computed in.
         target: (N, C, H, W) float32, what it should have been: noise, v, later flow velocity.
-        weight: (N,) float32, the factor of each image's squared error; 1 in the published method.
+        weight: (N,) float32, a factor of each image's squared error that belongs to the family; 1
+            for SDXL. The run's timestep weighting comes on top.
     """
 
     prediction: Tensor
@@ -59,6 +60,14 @@ class Family(Protocol):
         conditioning: Conditioning,
     ) -> Prediction:
         """Noise clean latents (N, C, H, W) to CPU timesteps (N,), and denoise them in one call."""
+        ...
+
+    def timestep_weights(self, kind: str) -> Tensor:
+        """(T,) float64, what half the mean squared error counts at each timestep.
+
+        `kind` is "uniform", "min_snr" or "elbo", of mean 1; or "nats": per latent element, see
+        `schedule.Schedule.weights`.
+        """
         ...
 
     def encode_prompts(self, pipe: Any, prompts: Sequence[str], device: Any) -> PromptEmbeddings:

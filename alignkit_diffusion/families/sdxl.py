@@ -76,9 +76,11 @@ class SDXL:
             return_dict=False,
         )
         target = self.schedule.target(latents, noise, timesteps)
-        # The constant weight that the published method puts for the ELBO's omega(lambda_t).
         weight = torch.ones(len(latents), device=latents.device)
         return Prediction(prediction, target, weight)
+
+    def timestep_weights(self, kind: str) -> Tensor:
+        return self.schedule.weights(kind)
 
     def encode_prompts(self, pipe: Any, prompts: Sequence[str], device: Any) -> PromptEmbeddings:
         hidden, _, pooled, _ = pipe.encode_prompt(
