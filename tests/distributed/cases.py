@@ -148,10 +148,11 @@ class Played:
     def read(cls, folder: Path, rank: int = 0) -> Played:
         told = json.loads((folder / f"rank{rank}.json").read_text())
         tensors = load_file(folder / f"rank{rank}.safetensors")
-        return cls(told["history"], _below(tensors, "weights"), _below(tensors, "gradients"), told)
+        return cls(told["history"], below(tensors, "weights"), below(tensors, "gradients"), told)
 
 
-def _below(tensors: Mapping[str, Tensor], kind: str) -> dict[str, Tensor]:
+def below(tensors: Mapping[str, Tensor], kind: str) -> dict[str, Tensor]:
+    """The tensors named `kind|...`, without that prefix."""
     return {k.partition("|")[2]: v for k, v in tensors.items() if k.startswith(kind + "|")}
 
 
@@ -181,7 +182,7 @@ def play(
     folder.mkdir(parents=True, exist_ok=True)
     run = build(
         case.policy(),
-        DPO(beta=10.0 if image else 0.1),
+        DPO(beta=30.0 if image else 0.1),
         arguments.pop("data"),
         run_dir=run_dir or folder / "run",
         resume=resume,

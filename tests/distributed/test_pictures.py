@@ -1,7 +1,7 @@
 """Two real processes train what one trains: the image wing.
 
 Timesteps and noise are keyed by a row's place in the global batch. Were they keyed by process or by
-micro-batch, the losses would differ in the first digit.
+micro-batch, the log-likelihoods would differ a hundred times more than is allowed here.
 """
 
 from __future__ import annotations
@@ -22,6 +22,15 @@ pytestmark = [
 
 NAMES = ("image_full", "image_lora")
 
+ROUNDING = 5e-5
+"""How far a later step's gradient may be off, relative to its norm.
+
+The first step's agrees to 5e-8. Then weights differ in their last bits, every forward rounds anew,
+and what is left of two predictions that nearly cancel is off by 1e-5: measured 5e-6 to 1e-5 at
+learning rates from 1e-5 to 1e-2 alike, and 1e-5 for one process and another micro-batch. So it is
+rounding, and neither a draw nor a normaliser.
+"""
+
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -33,6 +42,6 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("name", NAMES)
 def test_two_processes_train_what_one_trains(world: Path, tmp_path: Path, name: str) -> None:
     play(name, tmp_path, alone=True)
-    assert_same_run(Played.read(world / name), Played.read(tmp_path), later_gradients=1e-4)
+    assert_same_run(Played.read(world / name), Played.read(tmp_path), later_whole=ROUNDING)
     assert_replicas(world / name)
     assert distance(saved_weights(world / name / "run"), saved_weights(tmp_path / "run")) <= 1e-5
