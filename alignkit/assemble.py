@@ -254,8 +254,11 @@ def load_trained(config: RunConfig, modality: str, model: Path, runtime: Runtime
     An adapter goes onto its base: an image adapter's folder does not name it, nor does that of a
     model in hand.
     """
-    named = modality == "text" and isinstance(config.policy, (str, Path))
-    if config.adapter is not None and not named:
+    if modality == "image":
+        onto_base = not (model / "model_index.json").is_file()
+    else:
+        onto_base = config.adapter is not None and not isinstance(config.policy, (str, Path))
+    if onto_base:
         trained = replace(config, adapter=LoRA(continue_from=str(model)))
     else:
         trained = replace(config, policy=str(model), adapter=None)

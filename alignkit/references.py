@@ -47,7 +47,7 @@ def build_reference(
         return _MAKERS[type(wanted)](wanted, wing)
     if is_model(wanted):
         return "model", FrozenModel(other_model(wanted).backend.module)
-    return _named(wanted, wing)
+    return _named(wanted, config, wing)
 
 
 def is_model(reference: Any) -> bool:
@@ -59,7 +59,7 @@ def is_model(reference: Any) -> bool:
 _NAMED = ("auto", "frozen", "adapter_off", "none")
 
 
-def _named(wanted: str, wing: Wing) -> tuple[str, Reference]:
+def _named(wanted: str, config: RunConfig, wing: Wing) -> tuple[str, Reference]:
     if wanted == "none":
         raise ConfigError('This loss needs a reference; reference="none" leaves it without.')
     if wanted == "adapter_off" and wing.adapter == "none":
@@ -67,10 +67,13 @@ def _named(wanted: str, wing: Wing) -> tuple[str, Reference]:
             'reference="adapter_off" needs an adapter on the policy, and there is none. Give '
             'adapter=LoRA(...), or reference="frozen".'
         )
-    if wanted == "adapter_off" or (wanted == "auto" and wing.adapter == "fresh"):
+    # DoRA writes each weight as a norm times a direction, which is the base's up to rounding only.
+    exact = config.adapter is None or config.adapter.kind != "dora"
+    fresh = wing.adapter == "fresh"
+    if wanted == "adapter_off" or (wanted == "auto" and fresh and exact):
         return "adapter_off", SwitchedAdapter(wing.backend, wing.adapters_off)
-    if wing.adapter == "continued":
-        # A continued adapter is the start: only its own tensors need a copy.
+    if wing.adapter == "continued" or (wanted == "auto" and fresh):
+        # The adapter as it stands is the start: only its own tensors need a copy.
         return "frozen_adapter", FrozenAdapter(wing.backend)
     return "frozen", FrozenModel.copy_of(wing.backend.module)
 

@@ -68,6 +68,7 @@ class FinishedRun:
         """The result that the run left."""
         stored = self.folder.read_result() or {}
         self.folder.unlock()
+        self.wing.release()
         return AlignResult(
             model=self.wing.policy,
             tokenizer=self.wing.tokenizer,

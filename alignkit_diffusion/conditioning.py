@@ -104,7 +104,7 @@ def warn_of_truncation(pipe: Any, prompts: Sequence[str]) -> None:
 
 @contextmanager
 def quiet_libraries() -> Iterator[None]:
-    """Inside, diffusers and transformers do not warn of each truncated prompt."""
+    """Inside, diffusers and transformers log nothing: what matters is said by us, once."""
     from diffusers.utils import logging as diffusers_logging
     from transformers.utils import logging as transformers_logging
 
@@ -112,7 +112,7 @@ def quiet_libraries() -> Iterator[None]:
     before = [library.get_verbosity() for library in both]
     try:
         for library in both:
-            library.set_verbosity_error()
+            library.set_verbosity(logging.CRITICAL)
         yield
     finally:
         for library, verbosity in zip(both, before, strict=True):

@@ -12,11 +12,14 @@ from alignkit.draws import generator
 from alignkit.errors import ConfigError
 from alignkit.options import GenerationOptions
 from alignkit_diffusion.autoencoder import Autoencoder
+from alignkit_diffusion.borrowed import evaluating
 from alignkit_diffusion.conditioning import encoders_on
-from alignkit_diffusion.likelihood import autocast
+from alignkit_diffusion.kernels import Folding
+from alignkit_diffusion.likelihood import AUTOCAST, autocast
 from alignkit_diffusion.policy import native_size
 
 PIXELS_PER_CALL = 4 * 1024 * 1024
+HALVES = {dtype: name for name, dtype in AUTOCAST.items()}
 
 
 def sample_images(
@@ -50,7 +53,14 @@ def sample_images(
     chunk = max(1, PIXELS_PER_CALL // (height * width))
     starts = range(0, len(prompts), chunk)
     images: list[Any] = []
-    with torch.no_grad(), encoders_on(pipe, device):
+    # A UNet that was given back may be in half precision although it was trained in float32.
+    precision = HALVES.get(next(pipe.unet.parameters()).dtype, precision)
+    with (
+        torch.no_grad(),
+        encoders_on(pipe, device),
+        evaluating(pipe.unet, device),
+        Folding(pipe.unet),
+    ):
         for start in tqdm(starts, desc="Sampling images", leave=False, disable=None):
             part = list(prompts[start : start + chunk])
             noise = [_generator(seed, start + i) for i in range(len(part))]

@@ -13,6 +13,7 @@ from torch import nn
 from alignkit.adapters import active_adapters, lora_config, refuse_contradiction
 from alignkit.errors import ConfigError, nearest
 from alignkit.options import LoRA
+from alignkit_diffusion.conditioning import quiet_libraries
 
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 FEED_FORWARD = ("ff.net.0.proj", "ff.net.2")
@@ -72,6 +73,14 @@ def add_adapter(unet: Any, adapter: LoRA, *, seed: int) -> None:
         unet.add_adapter(config, adapter_name=NAME)
 
 
+def remove_adapter(unet: Any) -> None:
+    """Make `unet` as it was before an adapter came to it."""
+    # What diffusers leaves of a failure: layers without adapters, or a flag without layers.
+    if hasattr(unet, "peft_config"):
+        unet.unload_lora()
+    unet._hf_peft_config_loaded = False
+
+
 def continue_adapter(unet: Any, adapter: LoRA) -> None:
     """Load an adapter as *the* adapter of `unet`; rank, alpha, kind and targets are the folder's.
 
@@ -129,11 +138,21 @@ def _continue_diffusers(unet: Any, file: Path) -> None:
             "fresh one."
         )
     try:
-        unet.load_lora_adapter(
-            state, prefix="unet", network_alphas=alphas, metadata=metadata, adapter_name=NAME
-        )
+        with quiet_libraries():
+            unet.load_lora_adapter(
+                state, prefix="unet", network_alphas=alphas, metadata=metadata, adapter_name=NAME
+            )
     except (ValueError, RuntimeError, KeyError) as error:
-        raise ConfigError(f"The adapter {file} does not fit this UNet: {error}") from error
+        raise _misfit(file, error) from error
+
+
+def _misfit(path: Path, error: Exception) -> ConfigError:
+    # torch lists every tensor, which are 1,400 for SDXL.
+    first = [line.strip() for line in str(error).splitlines() if line.strip()][:2]
+    return ConfigError(
+        f"The adapter {path} does not fit this UNet: {' '.join(first)} Give the base that it was "
+        "trained on."
+    )
 
 
 def _continue_peft(unet: Any, path: Path) -> None:
@@ -148,7 +167,7 @@ def _continue_peft(unet: Any, path: Path) -> None:
         unet.add_adapter(config, adapter_name=NAME)
         outcome = set_peft_model_state_dict(unet, state, NAME)
     except (ValueError, RuntimeError, KeyError) as error:
-        raise ConfigError(f"The adapter in {path} does not fit this UNet: {error}") from error
+        raise _misfit(path, error) from error
     # Base weights are "missing" from every adapter file; adapter weights must not be.
     missing = [key for key in outcome.missing_keys if ".lora_" in key]
     if missing or outcome.unexpected_keys:
@@ -180,9 +199,9 @@ def adapter_name(unet: Any) -> str | None:
 
 def train_only_adapter(unet: nn.Module) -> None:
     """Freeze all but the active adapter and make that one trainable, in float32."""
-    own = f".{adapter_name(unet)}"
+    own = adapter_name(unet)
     for name, parameter in unet.named_parameters():
-        trains = ".lora_" in name and own in name.partition(".lora_")[2]
+        trains = own in name.partition(".lora_")[2].split(".")
         if trains:
             parameter.data = parameter.data.float()
         parameter.requires_grad_(trains)
@@ -197,9 +216,9 @@ def save_adapter(unet: Any, folder: Path, name: str, base: str | None) -> None:
     from diffusers import StableDiffusionXLPipeline
     from peft import get_peft_model_state_dict
 
-    state = {
-        k: v.detach().cpu() for k, v in get_peft_model_state_dict(unet, adapter_name=name).items()
-    }
+    # A UNet has no embedding layers; asked to see for itself, peft goes to the hub.
+    found = get_peft_model_state_dict(unet, adapter_name=name, save_embedding_layers=False)
+    state = {key: value.detach().cpu() for key, value in found.items()}
     config = unet.peft_config[name]
     # The file's metadata carries alpha, without which a loader takes alpha = rank.
     metadata = {

@@ -12,6 +12,7 @@ from torch import nn
 
 from alignkit.errors import ConfigError, refuse_unknown
 from alignkit.memory import align_memory
+from alignkit_diffusion.borrowed import Borrowed
 from alignkit_diffusion.families import Family, check_class, family_of
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -26,12 +27,36 @@ class Policy:
         vae: the pipeline's VAE in the best precision there is.
         family: how its UNet is conditioned and what it predicts.
         name: the folder or hub name, or None for a pipeline in memory.
+        borrowed: how the UNet of a pipeline in memory came; None for one that was loaded here.
     """
 
     pipe: Any
     vae: Any
     family: Family
     name: str | None
+    borrowed: Borrowed | None
+
+    def give_back(self) -> None:
+        """Leave a pipeline in memory as it came, and one that was loaded here ready to be called.
+
+        Training needs the UNet alone on the device; a call needs all parts there.
+        """
+        if self.borrowed is not None:
+            self.borrowed.give_back()
+        else:
+            self._move_rest(next(self.pipe.unet.parameters()).device)
+
+    def take_again(self) -> None:
+        """Undo `give_back`."""
+        if self.borrowed is not None:
+            self.borrowed.take_again()
+        else:
+            self._move_rest(torch.device("cpu"))
+
+    def _move_rest(self, device: torch.device) -> None:
+        for name, part in self.pipe.components.items():
+            if name != "unet" and isinstance(part, nn.Module):
+                nn.Module.to(part, device)
 
 
 def load_policy(policy: Any, *, precision: str, whole: bool, device: torch.device) -> Policy:
@@ -57,11 +82,15 @@ def load_policy(policy: Any, *, precision: str, whole: bool, device: torch.devic
         pipe, vae, name = policy, getattr(policy, "vae", None), None
     given = f"the pipeline {name!r}" if name else "the pipeline in memory"
     family = family_of(pipe, given)
+    borrowed = None
     if name is None:
-        _adopt(pipe, to_float32=dtype == torch.float32)
-    pipe.unet.to(device)
+        _refuse_hooks(pipe)
+        borrowed = Borrowed(pipe.unet)
+        if dtype == torch.float32:
+            nn.Module.to(pipe.unet, dtype)  # diffusers' own `to` warns of every cast
+    nn.Module.to(pipe.unet, device)
     align_memory(pipe.unet)
-    return Policy(pipe, vae, family, name)
+    return Policy(pipe, vae, family, name, borrowed)
 
 
 def _load(name: str, dtype: torch.dtype) -> tuple[Any, Any]:
@@ -94,15 +123,12 @@ def _load(name: str, dtype: torch.dtype) -> tuple[Any, Any]:
     return pipe, vae
 
 
-def _adopt(pipe: Any, *, to_float32: bool) -> None:
-    unet = pipe.unet
-    if any(hasattr(module, "_hf_hook") for module in (unet, pipe.vae, pipe.text_encoder)):
+def _refuse_hooks(pipe: Any) -> None:
+    if any(hasattr(module, "_hf_hook") for module in (pipe.unet, pipe.vae, pipe.text_encoder)):
         raise ConfigError(
             "A pipeline in memory must be free of offloading hooks, which move weights during "
             "training; this one has them. Call pipe.remove_all_hooks() first."
         )
-    if to_float32 and any(p.dtype != torch.float32 for p in unet.parameters()):
-        nn.Module.to(unet, torch.float32)  # diffusers' own `to` warns of every cast
 
 
 def factor_of(pipe: Any, autoencoder_factor: int) -> int:

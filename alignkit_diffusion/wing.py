@@ -18,6 +18,7 @@ from alignkit_diffusion import lora
 from alignkit_diffusion.autoencoder import Autoencoder
 from alignkit_diffusion.data import ImageExamples, distinct_prompts, prepare_examples
 from alignkit_diffusion.generation import sample_images
+from alignkit_diffusion.kernels import Folding
 from alignkit_diffusion.likelihood import DenoisingLikelihood, ImageBackend
 from alignkit_diffusion.memory import MemoryModel
 from alignkit_diffusion.policy import Policy, factor_of, load_policy, native_size
@@ -66,8 +67,12 @@ def build(
     whole = state == "none" if beside is None else beside.adapter == "none"
     loaded = load_policy(policy, precision=precision, whole=whole, device=device)
     unet = loaded.pipe.unet
-    if adapter is not None:
-        _give_adapter(unet, adapter, seed)
+    try:
+        if adapter is not None:
+            _give_adapter(unet, adapter, seed)
+    except BaseException:
+        loaded.give_back()
+        raise
     if beside is not None:
         unet.requires_grad_(False)
         timestep_weighting = getattr(beside, "timestep_weighting", timestep_weighting)
@@ -92,12 +97,16 @@ def _give_adapter(unet: Any, adapter: LoRA, seed: int) -> None:
         raise ConfigError(
             f"A new adapter needs a UNet without one; the pipeline in memory carries {present!r}. "
             "To go on training that one, give no adapter; to train a new one on top of it, fuse "
-            "it first: pipe.fuse_lora(); pipe.unload_lora_weights()."
+            "it first, pipe.fuse_lora(); to drop it, or after fusing, pipe.unload_lora_weights()."
         )
-    if adapter.continue_from:
-        lora.continue_adapter(unet, adapter)
-    else:
-        lora.add_adapter(unet, adapter, seed=seed)
+    try:
+        if adapter.continue_from:
+            lora.continue_adapter(unet, adapter)
+        else:
+            lora.add_adapter(unet, adapter, seed=seed)
+    except BaseException:
+        lora.remove_adapter(unet)
+        raise
 
 
 class ImageWing:
@@ -126,6 +135,7 @@ class ImageWing:
         added: bool = False,
     ) -> None:
         self.policy = loaded.pipe
+        self._loaded = loaded
         self._added = added
         self.adapter = adapter
         self.device = device
@@ -137,6 +147,7 @@ class ImageWing:
         self._unit = factor_of(loaded.pipe, factor)
         side = min(native_size(loaded.pipe, factor))
         self.default_options = ImageOptions(resolution=side)
+        self._folding = Folding(loaded.pipe.unet)
         self._module, self.backend = self._likelihood(side // factor, gradient_checkpointing)
 
     def _likelihood(
@@ -220,16 +231,21 @@ class ImageWing:
         return prompt
 
     def engage(self) -> None:
-        """Nothing to do: see `release`."""
+        """The UNet as it was while training."""
+        self._loaded.take_again()
+        self._folding.begin()
 
     def release(self) -> None:
-        """Nothing to give back: every forward and every sample restores what it touched."""
+        """Give a pipeline in hand back as it came, apart from its UNet's weights."""
+        self._folding.end()
+        self._loaded.give_back()
 
     def undo(self) -> None:
-        """Take off the adapter that `build` added."""
+        """After a failure: release, and take off the adapter that `build` added."""
         if self._added:
-            self.policy.unet.unload_lora()
+            lora.remove_adapter(self.policy.unet)
             self._added = False
+        self.release()
 
     def describe(self) -> dict[str, Any]:
         """Facts for the report; counts are of parameters, of the UNet alone."""

@@ -61,6 +61,7 @@ def make_pipeline(
     force_zeros: bool = True,
     scheduler: str = "EulerDiscreteScheduler",
     latent_channels: int = 4,
+    width: int = 32,
 ) -> Any:
     """An SDXL pipeline of about 100,000 parameters; `vae_levels` 2 halves, 3 quarters."""
     import diffusers
@@ -87,7 +88,7 @@ def make_pipeline(
         sample_size=sample_size,
         in_channels=latent_channels,
         out_channels=latent_channels,
-        block_out_channels=(16, 32),
+        block_out_channels=(16, width),
         layers_per_block=1,
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
         up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
