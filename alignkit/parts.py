@@ -18,6 +18,7 @@ from alignkit.methods import DPO
 from alignkit.objectives.preference import PreferenceObjective
 from alignkit.places import is_missing
 from alignkit.protocols import Wing
+from alignkit.reference import FrozenModel
 from alignkit.references import OtherModel, build_reference
 from alignkit.runtime import Runtime, pick_precision
 
@@ -120,10 +121,6 @@ def build_wing(config: RunConfig, modality: str, runtime: Runtime) -> Wing:
         gradient_checkpointing=config.trainer.gradient_checkpointing,
         seed=config.seed,
     )
-    if config.trainer.compile:
-        # Block by block and in place: names of parameters stay, and one graph serves all blocks.
-        for unit in wing.backend.module.shard_units():  # type: ignore[operator]
-            unit.compile()
     return wing
 
 
@@ -167,6 +164,15 @@ def _default_beta(loss: str, modality: str) -> float:
     return PREFERENCE_LOSSES[loss].defaults[modality]["beta"]
 
 
+def _compile(module: Any) -> None:
+    """Compile block by block and in place: names of parameters stay, one graph serves all blocks.
+
+    Policy and reference alike, because compiled arithmetic may round otherwise.
+    """
+    for unit in module.shard_units():
+        unit.compile()
+
+
 def build_objective(
     config: RunConfig, wing: Wing, runtime: Runtime
 ) -> tuple[PreferenceObjective, dict[str, Any]]:
@@ -175,6 +181,10 @@ def build_objective(
     needs_reference = row.needs_reference if row else True
     other_model = _other_model(config, wing, runtime)
     kind, reference = build_reference(config, wing, needs_reference, other_model)
+    if config.trainer.compile:
+        _compile(wing.backend.module)
+        if isinstance(reference, FrozenModel):
+            _compile(reference.module)
     objective = PreferenceObjective(
         wing.backend,
         reference,

@@ -121,7 +121,7 @@ def _pair(tokenizer: Any, row: Mapping[str, Any]) -> tuple[Rendered | Tokens, La
         prompt, *answers = (ids_of(row, column) for column in PAIR_IDS)
         return (prompt, tuple(answers)), label
     answers_of = {name: row[name] for name in ("chosen", "rejected")}
-    return render_answers(tokenizer, row.get("prompt"), answers_of), label
+    return render_answers(tokenizer, row.get("prompt"), answers_of, row.get("tools")), label
 
 
 def _group(tokenizer: Any, row: Mapping[str, Any]) -> tuple[Rendered | Tokens, Label]:
@@ -130,12 +130,13 @@ def _group(tokenizer: Any, row: Mapping[str, Any]) -> tuple[Rendered | Tokens, L
         raise BadRow("bad responses", f"responses is a list of answers; got {responses!r}")
     places, label = group_label(row, len(responses))
     answers = {f"responses[{place}]": responses[place] for place in places}
-    return render_answers(tokenizer, row["prompt"], answers), label
+    return render_answers(tokenizer, row["prompt"], answers, row.get("tools")), label
 
 
 def _single(tokenizer: Any, row: Mapping[str, Any]) -> tuple[Rendered | Tokens, Label]:
     answers = {"completion": row["completion"]}
-    return render_answers(tokenizer, row["prompt"], answers), single_label(row)
+    rendered = render_answers(tokenizer, row["prompt"], answers, row.get("tools"))
+    return rendered, single_label(row)
 
 
 _READERS: Mapping[str, Callable[[Any, Mapping[str, Any]], tuple[Rendered | Tokens, Label]]] = {

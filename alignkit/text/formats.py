@@ -2,12 +2,13 @@
 first part.
 
 A chat template is applied here once, by message lists; strings are taken as they are. Nothing is
-cut on
-characters: the boundary between prompt and completion is found later, on token ids.
+cut on characters: the boundary between prompt and completion is found later, on token ids.
 """
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeGuard
@@ -37,17 +38,28 @@ def is_messages(value: Any) -> TypeGuard[Sequence[Any]]:
     return isinstance(value, Sequence) and not isinstance(value, (str, bytes))
 
 
-def render(tokenizer: Any, messages: Messages, *, generation_prompt: bool) -> str:
-    """The conversation as text by the tokenizer's own chat template."""
+def render(
+    tokenizer: Any, messages: Messages, *, generation_prompt: bool, tools: Any = None
+) -> str:
+    """The conversation as text by the tokenizer's own chat template.
+
+    Raises:
+        BadRow: if the template refuses it, as some do with roles that they do not know.
+        DataError: if there is no template.
+    """
     if not getattr(tokenizer, "chat_template", None):
         raise DataError(
             "Rows with message lists need a chat template, and this tokenizer has none. Give plain "
             "strings as prompt, chosen and rejected, or set `tokenizer.chat_template` and pass "
             "(model, tokenizer)."
         )
-    return tokenizer.apply_chat_template(
-        messages, tokenize=False, add_generation_prompt=generation_prompt
-    )
+    try:
+        return tokenizer.apply_chat_template(
+            messages, tools=tools, tokenize=False, add_generation_prompt=generation_prompt
+        )
+    except Exception as error:  # templates are programs, and may fail in any way
+        refusal = "the chat template refuses the conversation"
+        raise BadRow(refusal, f"{refusal}: {error}") from error
 
 
 def messages_of(value: Any, name: str) -> Messages:
@@ -72,13 +84,16 @@ def messages_of(value: Any, name: str) -> Messages:
     return [dict(message) for message in value]
 
 
-def render_answers(tokenizer: Any, prompt: Any, answers: Mapping[str, Any]) -> Rendered:
+def render_answers(
+    tokenizer: Any, prompt: Any, answers: Mapping[str, Any], tools: Any = None
+) -> Rendered:
     """A prompt and its answers in any of the accepted shapes.
 
     Args:
         tokenizer: its chat template renders message lists.
         prompt: a string, messages, or None for what two or more answers have in common.
         answers: their name in errors -> string or messages.
+        tools: what the template is told of tools, as a list or its JSON.
 
     Raises:
         BadRow: if the row cannot be used.
@@ -86,8 +101,19 @@ def render_answers(tokenizer: Any, prompt: Any, answers: Mapping[str, Any]) -> R
     """
     if prompt is None and len(answers) < 2:
         raise BadRow("there is no prompt")
-    if is_messages(prompt) or (prompt is None and is_messages(next(iter(answers.values())))):
-        return _render_chat(tokenizer, prompt, answers)
+    if is_messages(prompt) or is_messages(next(iter(answers.values()))):
+        rendered = _render_chat(tokenizer, prompt, answers, _tools_of(tools))
+    else:
+        rendered = _render_plain(prompt, answers)
+    for text in (rendered.prompt or "", *rendered.full):
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise BadRow("there is half a surrogate pair in the text") from error
+    return rendered
+
+
+def _render_plain(prompt: Any, answers: Mapping[str, Any]) -> Rendered:
     given = answers if prompt is None else {"prompt": prompt, **answers}
     for name, value in given.items():
         if not isinstance(value, str):
@@ -101,13 +127,9 @@ def render_answers(tokenizer: Any, prompt: Any, answers: Mapping[str, Any]) -> R
     return Rendered(prompt, tuple((prompt or "") + value for value in answers.values()), chat=False)
 
 
-def _render_chat(tokenizer: Any, prompt: Any, given: Mapping[str, Any]) -> Rendered:
+def _render_chat(tokenizer: Any, prompt: Any, given: Mapping[str, Any], tools: Any) -> Rendered:
     answers = [messages_of(value, name) for name, value in given.items()]
-    if prompt is None:
-        shared = _shared_turns(*answers)
-        opening, answers = answers[0][:shared], [answer[shared:] for answer in answers]
-    else:
-        opening = messages_of(prompt, "prompt")
+    opening, answers = _parted(prompt, answers)
     for name, answer in zip(given, answers, strict=True):
         if not any(str(m.get("content") or "").strip() or m.get("tool_calls") for m in answer):
             raise BadRow(f"{name} is empty")
@@ -117,16 +139,50 @@ def _render_chat(tokenizer: Any, prompt: Any, given: Mapping[str, Any]) -> Rende
         )
     if opening[-1]["role"] == "assistant":
         raise BadRow("the prompt ends with an assistant message; an answer must follow a user's")
-    return Rendered(
-        render(tokenizer, opening, generation_prompt=True),
-        tuple(render(tokenizer, opening + answer, generation_prompt=False) for answer in answers),
-        chat=True,
-    )
+    for name, answer in zip(given, answers, strict=True):
+        if answer[0]["role"] in ("user", "system"):
+            role = answer[0]["role"]
+            raise BadRow(f"{name} begins with a {role}'s message, which answers nothing")
+    whole = [
+        render(tokenizer, opening + answer, generation_prompt=False, tools=tools)
+        for answer in answers
+    ]
+    begun = render(tokenizer, opening, generation_prompt=True, tools=tools)
+    return Rendered(begun, tuple(whole), chat=True)
+
+
+def _parted(prompt: Any, answers: list[Messages]) -> tuple[Messages, list[Messages]]:
+    """The conversation before the answers, and the answers without it.
+
+    Published data often repeats the prompt at the beginning of each answer's messages, beside a
+    prompt column that is those messages, or only the last user's text.
+    """
+    if isinstance(prompt, str):
+        opening = [{"role": "user", "content": prompt}]
+    else:
+        opening = [] if prompt is None else messages_of(prompt, "prompt")
+    num = len(opening)
+    if opening and all(answer[:num] == opening and len(answer) > num for answer in answers):
+        return opening, [answer[num:] for answer in answers]
+    shared = _shared_turns(*answers)
+    last = answers[0][shared - 1].get("content") if shared else None
+    if prompt is None or (isinstance(prompt, str) and shared and last == prompt):
+        return answers[0][:shared], [answer[shared:] for answer in answers]
+    return opening, answers
+
+
+def _tools_of(tools: Any) -> Any:
+    if not isinstance(tools, str) or not tools.strip():
+        return tools or None
+    try:
+        return json.loads(tools) or None
+    except ValueError as error:
+        raise BadRow("tools is no JSON", f"tools must be a list or its JSON: {error}") from error
 
 
 def _shared_turns(first: Messages, *others: Messages) -> int:
     """How many first messages conversations share, leaving each at least its last one."""
-    limit = min(len(first), *map(len, others)) - 1
+    limit = min(map(len, (first, *others))) - 1
     shared = next((i for i in range(limit) if any(first[i] != o[i] for o in others)), limit)
     while shared > 0 and first[shared - 1]["role"] == "assistant":
         shared -= 1
@@ -134,15 +190,22 @@ def _shared_turns(first: Messages, *others: Messages) -> int:
 
 
 def render_prompt(tokenizer: Any, prompt: Any, *, chat: bool) -> str:
-    """A prompt to be answered; `chat` wraps a bare string as a user's turn."""
+    """A prompt to be answered; `chat` wraps a bare string as a user's turn.
+
+    Raises:
+        DataError: for messages that cannot be rendered.
+    """
     if isinstance(prompt, str) and not chat:
         return prompt
-    messages = (
-        [{"role": "user", "content": prompt}]
-        if isinstance(prompt, str)
-        else messages_of(prompt, "prompt")
-    )
-    return render(tokenizer, messages, generation_prompt=True)
+    try:
+        messages = (
+            [{"role": "user", "content": prompt}]
+            if isinstance(prompt, str)
+            else messages_of(prompt, "prompt")
+        )
+        return render(tokenizer, messages, generation_prompt=True)
+    except BadRow as bad:
+        raise DataError(f"The prompt {prompt!r} cannot be answered: {bad}.") from bad
 
 
 def single_bos(tokenizer: Any, ids: Any) -> Any:
@@ -156,6 +219,22 @@ def left_open(tokenizer: Any, text: str, ids: Any) -> Any:
     ids = single_bos(tokenizer, ids)
     closed = len(ids) > 0 and ids[-1] == tokenizer.eos_token_id
     return ids[:-1] if closed and not text.endswith(tokenizer.eos_token) else ids
+
+
+def prompt_of(tokenizer: Any, row: Mapping[str, Any]) -> Any:
+    """What a row asks, as `sample` takes it; None where nothing is asked."""
+    if row.get("prompt") is not None:
+        return row["prompt"]
+    if row.get("prompt_ids") is not None:
+        return tokenizer.decode(row["prompt_ids"])
+    answers: list[Any] = [row.get("chosen"), row.get("rejected")]
+    if all(isinstance(answer, str) for answer in answers):
+        shortest = min(map(len, answers))
+        length = next((i for i in range(shortest) if answers[0][i] != answers[1][i]), shortest)
+        return re.sub(r"\S+$", "", answers[0][:length]) or None  # up to the last whole word
+    if all(is_messages(answer) for answer in answers):
+        return answers[0][: _shared_turns(*answers)] or None
+    return None
 
 
 def prompt_text(prompt: Any) -> str:

@@ -70,3 +70,16 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module, training in modes:
             module.training = training
+
+
+@contextmanager
+def uncompiled(model: nn.Module) -> Iterator[None]:
+    """The model without its compiled calls: every new length of a cache would compile anew."""
+    held = [(m, m._compiled_call_impl) for m in model.modules() if m._compiled_call_impl]
+    for module, _ in held:
+        module._compiled_call_impl = None
+    try:
+        yield
+    finally:
+        for module, call in held:
+            module._compiled_call_impl = call

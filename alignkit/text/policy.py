@@ -152,13 +152,14 @@ def checkpoint_layers(model: Any) -> None:
     transformers checkpoints a layer only while its `training` flag is set, and the model is in
     eval mode so that dropout is off: so the flag is set on the layers themselves and not on what
     they contain.
+
+    Raises:
+        ConfigError: where that is not possible.
     """
+    obstacle = checkpointing_obstacle(model)
+    if obstacle is not None:
+        raise ConfigError(f"{obstacle} Set trainer.gradient_checkpointing to false.")
     base = base_of(model)
-    if not getattr(base, "supports_gradient_checkpointing", False):
-        raise ConfigError(
-            f"{type(base).__name__} does not support gradient checkpointing; set "
-            "trainer.gradient_checkpointing to false."
-        )
     # transformers 5.23 renamed it.
     renamed = getattr(base, "activation_checkpointing_enable", None)
     hooked = bool(getattr(base, "_require_grads_hooks", None))
@@ -168,13 +169,21 @@ def checkpoint_layers(model: Any) -> None:
         vars(base).pop("_require_grads_hooks", None)
     for layer in model.modules():
         if getattr(layer, "gradient_checkpointing", False) is True:
-            drops = [
-                n for n, v in vars(layer).items() if "drop" in n and v and isinstance(v, float)
-            ]
-            if drops and layer is not base:
-                raise ConfigError(
-                    f"{type(layer).__name__} applies dropout by its own {drops}, which would be on "
-                    "while checkpointing. Set it to 0 in the model's config, or set "
-                    "trainer.gradient_checkpointing to false."
-                )
             layer.training = True
+
+
+def checkpointing_obstacle(model: Any) -> str | None:
+    """Why the blocks of this model cannot be checkpointed, or None if they can."""
+    base = base_of(model)
+    if not getattr(base, "supports_gradient_checkpointing", False):
+        return f"{type(base).__name__} does not support gradient checkpointing."
+    for layer in model.modules():
+        own = vars(layer).items() if hasattr(layer, "gradient_checkpointing") else ()
+        drops = [name for name, value in own if "drop" in name and value]
+        drops = [name for name in drops if isinstance(vars(layer)[name], float)]
+        if drops and layer is not base:
+            return (
+                f"{type(layer).__name__} applies dropout by its own {drops}, which would be on "
+                "while checkpointing."
+            )
+    return None

@@ -75,7 +75,8 @@ class Splitter:
         tokens: the ids of all rendered texts.
 
     Attributes:
-        merged: in how many rows the tokenizer merged prompt and answer.
+        merged: in how many plain rows the tokenizer merged prompt and answer.
+        opened: in how many chat rows the template opens an answer otherwise than it is asked for.
     """
 
     def __init__(self, tokenizer: Any, tokens: Tokens) -> None:
@@ -83,7 +84,7 @@ class Splitter:
         self.tokens = tokens
         self.eos = tokenizer.eos_token_id
         self.bos = tokenizer.bos_token_id
-        self.merged = 0
+        self.merged = self.opened = 0
 
     def split(self, item: Rendered) -> tuple[Ids, tuple[Ids, ...]]:
         """Prompt and completions.
@@ -100,7 +101,8 @@ class Splitter:
         if item.prompt is None and boundary <= int(not item.chat and full[0][0] == self.bos):
             raise BadRow("there is no prompt column, and the answers have no first words in common")
         if item.prompt is not None and boundary < len(known[0]):
-            self.merged += 1
+            self.opened += item.chat
+            self.merged += not item.chat
         # An answer that is a prefix of another still has its last token as completion.
         boundary = min(boundary, *(len(one) - 1 for one in full))
         return full[0][:boundary], tuple(one[boundary:] for one in full)
@@ -124,13 +126,20 @@ class Splitter:
         return np.asarray([context], dtype=np.int32)
 
     def warn(self, name: str) -> None:
-        """Say how many rows of the data had a merged token."""
+        """Say in how many rows of the data the prompt did not end where the answers begin."""
         if self.merged:
             log.warning(
                 "%s: in %d rows the prompt's last token merges with the answer's first; that token "
                 "counts to the answer.",
                 name,
                 self.merged,
+            )
+        if self.opened:
+            log.warning(
+                "%s: in %d rows the chat template asks for an answer in other words than those by "
+                "which it opens the one that is given; what differs counts to the answer.",
+                name,
+                self.opened,
             )
 
 

@@ -19,12 +19,12 @@ from alignkit.options import GenerationOptions, LoRA, TextOptions
 from alignkit.protocols import Wing
 from alignkit.rows import read_rows
 from alignkit.text.data import TextExamples, read_examples
-from alignkit.text.formats import left_open, prompt_text, render_prompt
+from alignkit.text.formats import left_open, prompt_of, prompt_text, render_prompt
 from alignkit.text.generation import generate
-from alignkit.text.handed import State, base_of, evaluating, max_positions
+from alignkit.text.handed import State, base_of, evaluating, max_positions, uncompiled
 from alignkit.text.likelihood import TextBackend, TextLikelihood
 from alignkit.text.loading import load
-from alignkit.text.policy import attach, checkpoint_layers, detach
+from alignkit.text.policy import attach, checkpoint_layers, checkpointing_obstacle, detach
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -68,7 +68,8 @@ def build(
     align_memory(model)
     module = TextLikelihood(model, autocast=None if dtype == torch.float32 else dtype)
     if gradient_checkpointing == "auto":
-        gradient_checkpointing = torch.device(device).type == "cuda"
+        on_gpu = torch.device(device).type == "cuda"
+        gradient_checkpointing = on_gpu and checkpointing_obstacle(model) is None
     wing = TextWing(
         model, tokenizer, module, adapter=kind, before=before, dtypes=dtypes, added=adapter
     )
@@ -156,7 +157,7 @@ class TextWing:
         """One answer per prompt; bare strings are wrapped as a user's turn if the data was chat."""
         ids = self._prompt_ids(prompts)
         eos = self._eos_ids()
-        with evaluating(self.policy):
+        with evaluating(self.policy), uncompiled(self.policy):
             new = generate(self.policy, self.tokenizer, ids, options, seed=seed, eos_ids=eos)
         return [self.tokenizer.decode(one, skip_special_tokens=True).strip() for one in new]
 
@@ -183,7 +184,7 @@ class TextWing:
     def prompts(self, data: Any, options: TextOptions, limit: int) -> list[Any]:
         found: dict[str, Any] = {}
         for row in read_rows(data, columns=options.columns):
-            prompt = row.get("prompt")
+            prompt = prompt_of(self.tokenizer, row)
             if prompt is None:
                 continue
             found.setdefault(repr(prompt), prompt)

@@ -235,3 +235,44 @@ def test_packing_says_whether_lengths_are_sorted() -> None:
         seen[packing] = [row for piece in pieces for row in piece.row_id.tolist()]
         assert sorted(seen[packing]) == list(range(9))
     assert seen["none"] == seen["auto"] == list(range(9)) != seen["bucket"]
+
+
+@pytest.mark.parametrize("adapter", ADAPTERS)
+def test_compilation_covers_policy_and_reference_and_leaves_no_trace(adapter, monkeypatch) -> None:
+    """The compiler is a stand-in that counts: what it does to a block is torch's affair."""
+    calls: list[str] = []
+
+    def stand_in(self: Any) -> None:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            calls.append("no grad" if not torch.is_grad_enabled() else "grad")
+            return self._call_impl(*args, **kwargs)
+
+        self._compiled_call_impl = call
+
+    monkeypatch.setattr(torch.nn.Module, "compile", stand_in)
+    model, tokenizer = handed()
+    held = Held(model)
+    before = held.state()
+    run = build(
+        (model, tokenizer), DPO(), pair_rows(8), adapter=adapter, trainer=options(compile=True)
+    )
+    finished(run)
+    assert held.state() == before
+    # Two blocks, two steps; the reference runs without gradients, the policy with them.
+    assert calls.count("no grad") == calls.count("grad") == 4
+    run.wing.engage()
+    assert run.wing.sample(["tea"], GenerationOptions(max_new_tokens=3), seed=0)
+    assert len(calls) == 8
+
+
+def test_dropout_that_checkpointing_would_turn_on_is_found() -> None:
+    from transformers import OPTConfig, OPTForCausalLM
+
+    from alignkit.errors import ConfigError
+    from alignkit.text.policy import checkpointing_obstacle
+
+    sizes = {"vocab_size": 384, "hidden_size": 32, "ffn_dim": 32, "num_attention_heads": 4}
+    model = OPTForCausalLM(OPTConfig(**sizes, num_hidden_layers=1, dropout=0.1))
+    with pytest.raises(ConfigError, match=r"applies dropout by its own \['dropout'\].*to false"):
+        build_text((model, tiny_tokenizer()), gradient_checkpointing=True)
+    assert checkpointing_obstacle(tiny_lm("gpt2", dropout=0.1)) is None
