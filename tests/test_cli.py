@@ -253,6 +253,7 @@ def test_methods_and_losses_list_every_row():
     for name, loss in PREFERENCE_LOSSES.items():
         assert name in lines
         assert loss.equation[:20] in lines
+        assert all(beta.source in lines for beta in loss.betas.values())
         for key, default in loss.keywords.items():
             assert f"{key}={default!r}" in lines
     assert "image: beta=5000" in lines

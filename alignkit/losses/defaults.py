@@ -11,7 +11,13 @@ IMAGE = "Wallace et al. 2023: 5000 for SDXL at 1024 px, mean reduction, one half
 NATS = "as for text, per nat: only with the ELBO-in-nats likelihood"
 
 
-def betas(text: float = 0.1, source: str = TEXT, *, scale_free: bool = True) -> Mapping[str, Beta]:
+def betas(
+    text: float = 0.1,
+    source: str = TEXT,
+    *,
+    scale_free: bool = True,
+    image: Beta | None = None,
+) -> Mapping[str, Beta]:
     """The default betas of a row; a loss that is not scale-free takes its own per nat."""
-    image = Beta(5000.0, IMAGE) if scale_free else Beta(text, NATS)
+    image = image or (Beta(5000.0, IMAGE) if scale_free else Beta(text, NATS))
     return {"text": Beta(text, source), "image": image}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from alignkit.losses import GROUP_LOSSES, PREFERENCE_LOSSES, UNPAIRED_LOSSES
+from alignkit.losses import GROUP_LOSSES, LOSSES, PREFERENCE_LOSSES, UNPAIRED_LOSSES
 from alignkit.losses.table import Loss
 
 COLUMNS = ("name", "equation", "paper", "needs", "minimiser", "golden", "defaults", "options")
@@ -37,8 +37,15 @@ def cells(loss: Loss) -> dict[str, str]:
 
 def entry(loss: Loss) -> str:
     """A loss in a few lines, for terminals."""
-    name, *rest = cells(loss).items()
+    shown = cells(loss)
+    sources = "\n".join(f"{wing}: {beta.source}" for wing, beta in loss.betas.items())
+    shown |= {"beta from": sources.replace("\n", "\n             "), "laws": _laws(loss)}
+    name, *rest = shown.items()
     return "\n".join([name[1], *(f"  {column:10} {value}" for column, value in rest)])
+
+
+def _laws(loss: Loss) -> str:
+    return ", ".join(sorted(loss.laws))
 
 
 def _needs(loss: Loss) -> list[str]:
@@ -54,10 +61,21 @@ def _needs(loss: Loss) -> list[str]:
 
 
 def markdown() -> str:
-    """The tables for docs/formulas.md, one line per row."""
-    return "\n".join(
-        f"### {title}\n\n{_markdown_table(losses)}\n" for title, losses in TABLES.items()
-    )
+    """The tables for docs/formulas.md, one line per row, and where the default betas come from."""
+    parts = [f"### {title}\n\n{_markdown_table(losses)}\n" for title, losses in TABLES.items()]
+    return "\n".join([*parts, f"### Default betas\n\n{_beta_table()}\n"])
+
+
+def _beta_table() -> str:
+    """Wing and beta by source, with the losses that have it."""
+    users: dict[tuple[str, str, str], list[str]] = {}
+    for loss in LOSSES.values():
+        for wing, beta in loss.betas.items():
+            users.setdefault((wing, f"{beta.value:g}", beta.source), []).append(f"`{loss.name}`")
+    lines = ["| wing | beta | source | losses |", "|---|---|---|---|"]
+    for (wing, value, source), names in sorted(users.items(), reverse=True):
+        lines.append(f"| {wing} | {value} | {source} | {' '.join(names)} |")
+    return "\n".join(lines)
 
 
 def _markdown_table(losses: Mapping[str, Loss]) -> str:

@@ -135,13 +135,18 @@ def mapo(
     """
     within("(0, inf)", "mapo", snr_scale=snr_scale, timesteps=timesteps)
 
-    def odds(log_likelihood: Tensor) -> Tensor:
-        x = (-2 * snr_scale * log_likelihood).clamp(max=80)
-        safe = torch.where(x.abs() < 1e-6, 1.0, x)
-        return torch.where(x.abs() < 1e-6, 1 - x / 2, safe / torch.expm1(safe))
+    chosen, rejected = -2 * scores.policy_chosen, -2 * scores.policy_rejected
+    logit = timesteps * (_excess(snr_scale * chosen) - _excess(snr_scale * rejected))
+    return beta * softplus(-scores.offset(logit)) + chosen
 
-    logit = timesteps * (odds(scores.policy_chosen) - odds(scores.policy_rejected))
-    return beta * softplus(-scores.offset(logit)) - 2 * scores.policy_chosen
+
+def _excess(x: Tensor) -> Tensor:
+    """x / (e^x - 1) - 1. Its differences are multiplied by 1000: for small x, where 1 would swallow
+    them in float32, it is the series of the Bernoulli numbers."""
+    x = x.clamp(max=80)
+    series = -x / 2 + x**2 / 12 - x**4 / 720 + x**6 / 30240
+    far = torch.where(x.abs() < 0.1, 1.0, x)
+    return torch.where(x.abs() < 0.1, series, far / torch.expm1(far) - 1)
 
 
 _LAWS = frozenset({"swap", "batch", "p_chosen", "weight"})

@@ -19,7 +19,7 @@ from alignkit.losses.defaults import betas
 from alignkit.losses.ranges import within
 from alignkit.losses.running import running, running_mean
 from alignkit.losses.scores import UnpairedScores, needed
-from alignkit.losses.table import Golden, State, UnpairedLoss
+from alignkit.losses.table import Beta, Golden, State, UnpairedLoss
 
 
 def kto(scores: UnpairedScores, *, beta: float) -> Float[Tensor, " B"]:
@@ -117,6 +117,7 @@ def nca(scores: UnpairedScores, *, beta: float) -> Float[Tensor, " B"]:
     return softplus(gain) / 2 + torch.where(scores.desirable.bool(), softplus(-gain), 0.0)
 
 
+_IMAGE_BETA = Beta(2000.0, "Li et al. 2024, the authors' code: 1000 on errors without one half")
 _LEVEL = (
     "it sees the level of each log-ratio, and the reward behind another divergence is known up to "
     "a constant of the prompt only"
@@ -127,9 +128,10 @@ ROWS = (
     UnpairedLoss(
         name="kto",
         function=kto,
-        paper="Ethayarajh et al. 2024, KTO, arXiv:2402.01306, Eq. 7 and 8",
+        paper="Ethayarajh et al. 2024, KTO, arXiv:2402.01306, Eq. 7 and 8; "
+        "images: Li et al. 2024, arXiv:2404.04465",
         equation="liked: 1 - s(b (r - z)); disliked: 1 - s(b (z - r)); z = max(0, mean kl)",
-        betas=betas(source="Ethayarajh et al. 2024, as in TRL"),
+        betas=betas(source="Ethayarajh et al. 2024, as in TRL", image=_IMAGE_BETA),
         laws=_LAWS - {"batch"},
         golden=Golden(0.1, 0.4812589),
         minimiser="none: bounded and monotone in each r",

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
-from alignkit.losses import listing
+from alignkit.cite import entries
+from alignkit.losses import DIVERGENCES, LOSSES, listing, modifiers
 
 DOCS = Path(__file__).parents[2] / "docs"
 
@@ -15,6 +17,24 @@ def test_the_formulas_are_those_of_the_tables() -> None:
         0
     ]
     assert generated == listing.markdown() + "\n"
+
+
+def test_the_formulas_name_every_modifier() -> None:
+    text = (DOCS / "formulas.md").read_text(encoding="utf-8").split("### Modifiers")[1]
+    for name in {*DIVERGENCES, *modifiers.TIMESTEP_WEIGHTINGS} - {"reverse_kl", "uniform"}:
+        assert f"`{name}`" in text, name
+    for number in ("2409.06411", "2511.03317", "2411.10442", "2404.19733", "2406.11827"):
+        assert number in text and number in entries()
+
+
+def test_the_choice_of_a_loss_names_losses_and_tests_that_exist() -> None:
+    text = (DOCS / "how-to-choose.md").read_text(encoding="utf-8")
+    for row in re.findall(r"^\| [^|]+ \| ([^|]+) \|", text, re.MULTILINE):
+        for name in re.findall(r"`(\w+)[`(]", row):
+            assert name in LOSSES or name in ("p_chosen", "margin"), name
+    tests = DOCS.parent / "tests"
+    cited = re.findall(r"`(?:tests/)?((?:\w+/)?test_\w+\.py)`", text)
+    assert len(cited) > 5 and all(list(tests.rglob(name)) for name in cited)
 
 
 def test_links_between_pages_lead_somewhere() -> None:

@@ -161,6 +161,26 @@ def test_mapo_s_odds_by_hand_and_at_no_error() -> None:
     assert found.tolist() == pytest.approx([wanted, wanted], rel=1e-6)
 
 
+def test_mapo_s_odds_are_exact_where_float32_would_swallow_them() -> None:
+    """Across the change from the series to the quotient, and its gradient at small errors."""
+    for error in (1e-6, 1e-3, 0.19999, 0.20001, 0.3):
+        x = 0.5 * error
+        slope = 0.5 * (1 / math.expm1(x) - x * math.exp(x) / math.expm1(x) ** 2)
+        single, double = (
+            pair_scores(-error / 2, -error / 2 - 5e-5, dtype=d)
+            for d in (torch.float32, torch.float64)
+        )
+        double.policy_chosen.requires_grad_()
+        loss = PREFERENCE_LOSSES["mapo"](double, beta=1.0)
+        loss.backward()
+        found = PREFERENCE_LOSSES["mapo"](single, beta=1.0)
+        assert found.item() == pytest.approx(loss.item(), rel=5e-5)
+        logit = 1000 * (x / math.expm1(x) - (x + 5e-5) / math.expm1(x + 5e-5))
+        if error > 1e-5:  # below, the double-precision quotients of this test fail first
+            wanted = -2 * (1 - 1000 * slope / (1 + math.exp(logit)))
+            assert double.policy_chosen.grad.item() == pytest.approx(wanted, rel=1e-6)
+
+
 def test_simpo_s_gamma_is_a_target_margin() -> None:
     plain = PREFERENCE_LOSSES["simpo"](one_pair(), beta=2.0, gamma_ratio=0.5)
     scores = one_pair(target_margin=1.0)
