@@ -14,7 +14,7 @@ from typing import Any
 from alignkit.assemble import assemble, load_trained
 from alignkit.config import RunConfig, from_file
 from alignkit.errors import ConfigError
-from alignkit.methods import DPO
+from alignkit.methods import DPO, Method
 from alignkit.options import GenerationOptions, ImageOptions, LoRA, TextOptions, TrainerOptions
 from alignkit.parts import build_wing, modality_of
 from alignkit.result import AlignResult, FinishedRun
@@ -28,7 +28,7 @@ __all__ = ["AlignResult", "Run", "align", "build", "modality_of", "sample"]
 
 def align(
     policy: Any,
-    method: DPO | None = None,
+    method: Method | None = None,
     data: Any = None,
     *,
     eval_data: Any = None,
@@ -101,7 +101,7 @@ def align(
 
 
 def build(
-    policy: Any, method: DPO | None = None, data: Any = None, **arguments: Any
+    policy: Any, method: Method | None = None, data: Any = None, **arguments: Any
 ) -> Run | FinishedRun:
     """The run of the same arguments as `align`, loaded and ready, with its loop in the caller's
     hands.

@@ -9,9 +9,11 @@ from typing import Any
 
 from alignkit import checkpoint
 from alignkit.config import RunConfig, changed_keys, check, resolve_data_options, to_mapping
+from alignkit.criteria import describe
 from alignkit.errors import CheckpointError, ConfigError
+from alignkit.objectives.preference import PreferenceObjective
 from alignkit.options import LoRA
-from alignkit.parts import build_objective, build_wing, loss_of, modality_of
+from alignkit.parts import build_objective, build_wing, modality_of
 from alignkit.places import is_missing
 from alignkit.protocols import Wing
 from alignkit.references import is_model
@@ -90,7 +92,7 @@ def _assemble_around(
     fingerprint = checkpoint.fingerprint(wing.backend.module)
     objective, resolved = build_objective(config, wing, runtime)
     options = resolve_data_options(config, wing.modality, wing.default_options)
-    source = _source(config, wing, options, runtime)
+    source, eval_sources = _sources(config, wing, options, objective, runtime)
     trainer = Trainer(
         objective, source, config.trainer, runtime=runtime, learning_rate=resolved["learning_rate"]
     )
@@ -100,7 +102,7 @@ def _assemble_around(
         wing,
         trainer,
         folder=folder,
-        eval_sources=_eval_sources(config, wing, options, runtime),
+        eval_sources=eval_sources,
         prompts=_sample_prompts(config, wing, options),
         facts=_facts(config, wing, source, resolved),
         fingerprint=fingerprint,
@@ -165,35 +167,27 @@ def _decide(config: RunConfig, folder: RunFolder) -> str | None:
     return None if found is None else str(found)
 
 
-def _source(config: RunConfig, wing: Wing, options: Any, runtime: Runtime) -> RowSource:
-    examples = wing.examples(config.data, options, kind=config.method.rows, seed=config.seed)
-    return RowSource(
-        examples,
-        batch_size=config.trainer.batch_size,
-        epochs=config.trainer.epochs,
-        seed=config.seed,
-        processes=runtime,
-    )
+def _sources(
+    config: RunConfig, wing: Wing, options: Any, objective: PreferenceObjective, runtime: Runtime
+) -> tuple[RowSource, dict[str, RowSource]]:
+    """The rows to train on, and the held-out sets by name."""
 
-
-def _eval_sources(
-    config: RunConfig, wing: Wing, options: Any, runtime: Runtime
-) -> dict[str, RowSource]:
-    sets = config.eval_data
-    if sets is None:
-        return {}
-    named = sets if isinstance(sets, Mapping) else {"": sets}
-    return {
-        name: RowSource(
-            wing.examples(data, options, kind=config.method.rows, seed=config.seed),
+    def source(data: Any, epochs: float | None, shuffle: bool) -> RowSource:
+        rows = objective.criterion.kind.rows
+        return RowSource(
+            wing.examples(data, options, kind=rows, seed=config.seed),
             batch_size=config.trainer.batch_size,
-            epochs=1,
+            epochs=epochs,
             seed=config.seed,
             processes=runtime,
-            shuffle=False,
+            shuffle=shuffle,
+            mismatched="kl" in objective.criterion.loss.needs,
         )
-        for name, data in named.items()
-    }
+
+    training = source(config.data, config.trainer.epochs, shuffle=True)
+    sets = {} if config.eval_data is None else config.eval_data
+    named = sets if isinstance(sets, Mapping) else {"": sets}
+    return training, {name: source(data, 1, shuffle=False) for name, data in named.items()}
 
 
 def _sample_prompts(config: RunConfig, wing: Wing, options: Any) -> list[Any]:
@@ -210,16 +204,8 @@ def _facts(
     config: RunConfig, wing: Wing, source: RowSource, resolved: Mapping[str, Any]
 ) -> dict[str, Any]:
     """What the report says of the run, apart from its results."""
-    _, beta, row = loss_of(config.method, wing.modality)
-    loss = config.method.loss
     policy = config.policy if isinstance(config.policy, (str, Path)) else "model in memory"
-    method = {
-        "name": config.method.name,
-        "loss": loss if isinstance(loss, str) else getattr(loss, "__name__", "custom"),
-        "equation": row.equation if row else "the user's own function",
-        "paper": row.paper if row else config.method.paper,
-        "beta": beta,
-        **config.method.keywords,
+    method = describe(config.method, wing.modality) | {
         "reference": resolved["reference"],
         "learning_rate": resolved["learning_rate"],
         "batch_size": config.trainer.batch_size,

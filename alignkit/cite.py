@@ -6,12 +6,26 @@ The entries are in `references.bib`, found by arXiv number; a loss's table row n
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from functools import cache
 from importlib.resources import files
 
 from alignkit.errors import refuse_unknown
 
-_METHODS = {"dpo": {"text": ("2305.18290",), "image": ("2305.18290", "2311.12908", "2307.01952")}}
+_METHODS = {
+    "dpo": {"text": ("2305.18290",), "image": ("2305.18290", "2311.12908", "2307.01952")},
+    "kto": {"text": ("2402.01306",), "image": ("2402.01306", "2404.04465", "2307.01952")},
+}
+_OPTIONS = {
+    "mixture": "2411.10442",
+    "divergence": "2309.16240",
+    "weighting": "2406.11827",
+    "ld_alpha": "2409.06411",
+    "anchor": "2404.19733",
+    "safeguard": "2511.03317",
+    "min_snr": "2303.09556",
+    "synced": "2404.09656",
+}
 _ADAPTERS = {
     "lora": ("2106.09685",),
     "dora": ("2106.09685", "2402.09353"),
@@ -34,27 +48,30 @@ def arxiv_numbers(paper: str) -> list[str]:
 
 def citations(
     method_name: str,
-    loss_name: str | None = None,
+    loss_name: str | Sequence[str] | None = None,
     modality: str = "text",
     adapter: str | None = None,
+    options: Sequence[str] = (),
 ) -> list[str]:
     """BibTeX entries of the papers that a run rests on, the method first.
 
     Args:
         method_name: a name of `alignkit.methods()`, such as "dpo".
-        loss_name: a name of a table of `alignkit.losses`; None for a loss of your own, whose paper
-            only you know.
+        loss_name: a name, or names, of the tables of `alignkit.losses`; None for a loss of your
+            own, whose paper only you know.
         modality: "text" or "image".
         adapter: the `kind` of the `LoRA` that was trained; None if all weights were.
+        options: what else was used, as `criteria.cited_options` names it.
     """
     refuse_unknown("method", method_name, _METHODS)
     refuse_unknown("modality", modality, _METHODS[method_name])
     numbers = [*_METHODS[method_name][modality]]
-    if loss_name is not None:
+    for name in [loss_name] if isinstance(loss_name, str) else loss_name or ():
         from alignkit.losses import LOSSES
 
-        refuse_unknown("loss", loss_name, LOSSES)
-        numbers += arxiv_numbers(LOSSES[loss_name].paper)
+        refuse_unknown("loss", name, LOSSES)
+        numbers += arxiv_numbers(LOSSES[name].paper)
+    numbers += [_OPTIONS[option] for option in options]
     if adapter is not None:
         refuse_unknown("adapter kind", adapter, _ADAPTERS)
         numbers += _ADAPTERS[adapter]

@@ -192,12 +192,13 @@ def cite(
     else:
         from alignkit import api
         from alignkit.config import from_file
+        from alignkit.criteria import cited_options, named_losses
 
         config = from_file(file_or_method)
         method, modality = config.method, api.modality_of(config.policy)
-        loss = method.loss if isinstance(method.loss, str) else None
         adapter = None if config.adapter is None else config.adapter.kind
-        entries = citations(method.name, loss, modality, adapter)
+        options = cited_options(method, config.reference)
+        entries = citations(method.name, named_losses(method), modality, adapter, options)
     typer.echo("\n\n".join(dict.fromkeys(entries)))
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from alignkit.checks import check, resolve_data_options
 from alignkit.errors import ConfigError, refuse_unknown
-from alignkit.methods import DPO, METHODS
+from alignkit.methods import METHODS, Method
 from alignkit.options import (
     EarlyStop,
     GenerationOptions,
@@ -67,7 +67,7 @@ class RunConfig:
     """
 
     policy: Any
-    method: DPO
+    method: Method
     data: Any
     _: KW_ONLY
     eval_data: Any = None
@@ -151,7 +151,7 @@ def _read_key(name: str, value: Any) -> Any:
     return read(IN_FILES[name], value, name)
 
 
-def _read_method(value: Any) -> DPO:
+def _read_method(value: Any) -> Method:
     given = dict(value) if isinstance(value, Mapping) else {"name": value}
     name = given.pop("name", None)
     if not isinstance(name, str):

@@ -12,27 +12,36 @@ import torch
 from alignkit.batches import Batch, Likelihood
 from alignkit.protocols import Backend, Key, Reference
 
+NOTHING: frozenset[str] = frozenset()
+
 
 def log_likelihoods(
     backend: Backend,
     reference: Reference,
     batch: Batch,
     key: Key,
-    want: frozenset[str] = frozenset(),
+    *,
+    want: frozenset[str] = NOTHING,
+    want_of_reference: frozenset[str] = NOTHING,
+    known: Likelihood | None = None,
 ) -> tuple[Likelihood, Likelihood]:
     """Likelihoods of the N answers under policy (with graph) and reference (without), on one draw.
 
     Args:
         backend: evaluates the policy.
-        reference: evaluates the frozen comparison.
+        reference: evaluates the comparison.
         batch: one micro-batch, in the same layout for both.
         key: (seed, optimizer step).
-        want: extras asked of both.
+        want, want_of_reference: extras asked of each.
+        known: the reference's likelihoods of this batch on this key, where an earlier pass found
+            them.
     """
     draw = backend.draw(batch, key)
-    # The reference goes first: an adapter that it switches off is on again before the policy's
-    # forward, and therefore while checkpointing recomputes in backward.
-    with torch.no_grad():
-        of_reference = reference.log_likelihood(batch, draw, want)
+    of_reference = known
+    if of_reference is None:
+        # The reference goes first: an adapter that it switches off is on again before the policy's
+        # forward, and therefore while checkpointing recomputes in backward.
+        with torch.no_grad():
+            of_reference = reference.log_likelihood(batch, draw, want_of_reference)
     of_policy = backend.module(batch, draw, want)
     return of_policy, of_reference

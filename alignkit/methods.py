@@ -1,70 +1,171 @@
 """The methods that `align()` knows: what to optimise, named by the caller and never guessed.
 
-A method is a frozen value. It says which rows it needs and which paper it is; the objective it
-becomes is built by the roof. Nothing heavy is imported here.
+A method is a frozen value. It says what it needs and which paper it is; the objective it becomes is
+built by the roof. Nothing heavy is imported here.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from types import MappingProxyType
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from alignkit.errors import ConfigError
+from alignkit.ranges import not_negative, positive, share
+
+Divergence = Literal["reverse_kl", "forward_kl", "js_divergence", "alpha"]
+TimestepWeighting = Literal["uniform", "min_snr", "elbo", "nats"]
 
 
-@dataclass(frozen=True, init=False)
+@dataclass(frozen=True, init=False, repr=False)
 class DPO:
-    """Direct preference optimisation and its family: one offline phase on preference pairs.
+    """Direct preference optimisation and its family: one offline phase on preference pairs, or on
+    rankings of K answers.
 
     Rafailov et al. 2023 (2305.18290) for text; Wallace et al. 2023 (2311.12908) for images.
 
     Attributes:
-        loss: a name of `alignkit.losses.PREFERENCE_LOSSES`, or a function
+        loss: a name of `alignkit.losses.PREFERENCE_LOSSES` (pairs) or `GROUP_LOSSES` (rankings); a
+            mapping from such names to weights, whose weighted sum is MPO; or a function
             `(scores: PairScores, *, beta) -> (B,)` of your own.
         beta: strength of the KL to the reference; None takes that loss's default for the wing,
             which is printed. Text: per nat of the summed log-ratio. Images: the convention of
-            Wallace et al., mean squared error with one half (5000 for SDXL at 1024 px).
-        keywords: the loss's own options, such as `label_smoothing`.
+            Wallace et al., mean squared error with one half (5000 for SDXL at 1024 px); with
+            timestep_weighting "nats" as for text.
+        divergence: what holds the policy to the reference (Wang et al. 2023, 2309.16240).
+        divergence_alpha: of the alpha divergence, between 0 and 1.
+        weighting: "wpo" weighs pairs by how likely the policy is to write them (Zhou et al. 2024,
+            2406.11827). Text pairs only.
+        ld_alpha: LD-DPO (Liu et al. 2024, 2409.06411): the weight, in [0, 1], of the tokens that
+            the longer answer has beyond the shorter one. None is 1. Text only.
+        anchor: weight of the negative log-likelihood per token of the chosen answer, the term of
+            RPO (Pang et al. 2024, 2404.19733); of images half the chosen one's error.
+        timestep_weighting: how the errors of an image weigh over timesteps: "uniform" as published,
+            "min_snr" (Hang et al. 2023, 2303.09556), "elbo" (the exact weights of the ELBO, clipped
+            and normalised to mean 1), or "nats", where the log-ratio is the ELBO's itself, for
+            losses and divergences that want nats. Images only.
+        safeguard: SDPO (2511.03317): mu in [0, 1) holds the rejected image's gradient back where it
+            would raise the chosen one's error; 0.6 there. Image pairs only.
+        keywords: the losses' own options, such as `label_smoothing`.
     """
 
     name: ClassVar[str] = "dpo"
     paper: ClassVar[str] = (
         "Rafailov et al. 2023, arXiv:2305.18290; images: Wallace et al. 2023, arXiv:2311.12908"
     )
-    rows: ClassVar[str] = "pairs"
     online: ClassVar[bool] = False
-    needs: ClassVar[str] = "preference pairs: prompt, chosen, rejected"
+    needs: ClassVar[str] = "pairs: prompt, chosen, rejected; or rankings: prompt, responses"
 
-    loss: str | Callable[..., Any] = "sigmoid"
+    loss: str | Mapping[str, float] | Callable[..., Any] = "sigmoid"
     beta: float | None = None
+    divergence: Divergence = "reverse_kl"
+    divergence_alpha: float = 0.5
+    weighting: Literal["wpo"] | None = None
+    ld_alpha: float | None = None
+    anchor: float = 0.0
+    timestep_weighting: TimestepWeighting = "uniform"
+    safeguard: float | None = None
     keywords: Mapping[str, Any] = field(default_factory=dict)
 
     def __init__(
         self,
-        loss: str | Callable[..., Any] = "sigmoid",
+        loss: str | Mapping[str, float] | Callable[..., Any] = "sigmoid",
         beta: float | None = None,
+        *,
+        divergence: Divergence = "reverse_kl",
+        divergence_alpha: float = 0.5,
+        weighting: Literal["wpo"] | None = None,
+        ld_alpha: float | None = None,
+        anchor: float = 0.0,
+        timestep_weighting: TimestepWeighting = "uniform",
+        safeguard: float | None = None,
         **keywords: Any,
     ) -> None:
-        if beta is not None and not (isinstance(beta, (int, float)) and beta > 0):
-            raise ConfigError(f"method.beta must be a number above 0; got {beta!r}.")
-        if not (isinstance(loss, str) or callable(loss)):
-            raise ConfigError(
-                "method.loss must be a name of PREFERENCE_LOSSES or a function of PairScores; "
-                f"got {type(loss).__name__}."
-            )
-        object.__setattr__(self, "loss", loss)
-        object.__setattr__(self, "beta", None if beta is None else float(beta))
-        object.__setattr__(self, "keywords", MappingProxyType(dict(keywords)))
+        _fill(
+            self,
+            keywords,
+            loss=loss,
+            beta=beta,
+            divergence=divergence,
+            divergence_alpha=divergence_alpha,
+            weighting=weighting,
+            ld_alpha=ld_alpha,
+            anchor=anchor,
+            timestep_weighting=timestep_weighting,
+            safeguard=safeguard,
+        )
+        not_negative("method", anchor=anchor)
+        share("method", **({} if ld_alpha is None else {"ld_alpha": ld_alpha}))
+        share("method", **({} if safeguard is None else {"safeguard": safeguard}))
+        if safeguard == 1:
+            raise ConfigError("method.safeguard must be below 1, where no rejected image counts.")
 
     def __repr__(self) -> str:
-        name = self.loss if isinstance(self.loss, str) else getattr(self.loss, "__name__", "custom")
-        given = {"loss": name, "beta": self.beta, **self.keywords}
-        return f"DPO({', '.join(f'{key}={value!r}' for key, value in given.items())})"
+        return _shown(self)
 
 
-METHODS: Mapping[str, type[DPO]] = MappingProxyType({DPO.name: DPO})
+@dataclass(frozen=True, init=False, repr=False)
+class KTO:
+    """Preference optimisation from single answers that are labelled good or bad.
+
+    Ethayarajh et al. 2024 (2402.01306); for images Li et al. 2024 (2404.04465).
+
+    Attributes:
+        loss: a name of `alignkit.losses.UNPAIRED_LOSSES`, or a function
+            `(scores: UnpairedScores, *, beta) -> (B,)` of your own.
+        beta: as in `DPO`.
+        desirable_weight, undesirable_weight: what an answer of each class counts. The paper wants
+            desirable_weight * (number of good) / (undesirable_weight * (number of bad)) in
+            [1, 4/3].
+        timestep_weighting: as in `DPO`.
+        keywords: the loss's own options, such as `momentum`.
+    """
+
+    name: ClassVar[str] = "kto"
+    paper: ClassVar[str] = (
+        "Ethayarajh et al. 2024, arXiv:2402.01306; images: Li et al. 2024, arXiv:2404.04465"
+    )
+    online: ClassVar[bool] = False
+    needs: ClassVar[str] = "single labelled answers: prompt, completion, label"
+
+    loss: str | Callable[..., Any] = "kto"
+    beta: float | None = None
+    desirable_weight: float = 1.0
+    undesirable_weight: float = 1.0
+    timestep_weighting: TimestepWeighting = "uniform"
+    keywords: Mapping[str, Any] = field(default_factory=dict)
+
+    def __init__(
+        self,
+        loss: str | Callable[..., Any] = "kto",
+        beta: float | None = None,
+        *,
+        desirable_weight: float = 1.0,
+        undesirable_weight: float = 1.0,
+        timestep_weighting: TimestepWeighting = "uniform",
+        **keywords: Any,
+    ) -> None:
+        _fill(
+            self,
+            keywords,
+            loss=loss,
+            beta=beta,
+            desirable_weight=desirable_weight,
+            undesirable_weight=undesirable_weight,
+            timestep_weighting=timestep_weighting,
+        )
+        not_negative(
+            "method", desirable_weight=desirable_weight, undesirable_weight=undesirable_weight
+        )
+
+    def __repr__(self) -> str:
+        return _shown(self)
+
+
+Method = DPO | KTO
+
+METHODS: Mapping[str, type[Method]] = MappingProxyType({cls.name: cls for cls in (DPO, KTO)})
 """Name in YAML -> method."""
 
 
@@ -74,3 +175,46 @@ def methods() -> list[dict[str, str]]:
         {"name": name, "class": cls.__name__, "paper": cls.paper, "needs": cls.needs}
         for name, cls in METHODS.items()
     ]
+
+
+def modifiers(method: Method) -> dict[str, Any]:
+    """The options of a method, apart from its losses and beta, that are not at their defaults."""
+    names = [f.name for f in fields(method) if f.name not in ("loss", "beta", "keywords")]
+    given = {name: getattr(method, name) for name in names}
+    return {name: value for name, value in given.items() if value != getattr(type(method), name)}
+
+
+def _fill(method: Method, keywords: Mapping[str, Any], **values: Any) -> None:
+    """Set the fields of a frozen method, after the checks that all methods share."""
+    loss, beta = values["loss"], values["beta"]
+    positive("method", beta=beta)
+    if isinstance(loss, Mapping):
+        values["loss"] = MappingProxyType(_weights(loss))
+    elif not (isinstance(loss, str) or callable(loss)):
+        raise ConfigError(
+            "method.loss must be a name of a loss, a mapping from names to weights, or a function "
+            f"of scores; got {type(loss).__name__}."
+        )
+    values["beta"] = None if beta is None else float(beta)
+    values["keywords"] = MappingProxyType(dict(keywords))
+    for name, value in values.items():
+        object.__setattr__(method, name, value)
+
+
+def _weights(loss: Mapping[str, float]) -> dict[str, float]:
+    if not loss:
+        raise ConfigError("method.loss as a mapping needs at least one loss; got {}.")
+    for name, weight in loss.items():
+        positive("method.loss", **{str(name): weight})
+    return {str(name): float(weight) for name, weight in loss.items()}
+
+
+def _shown(method: Method) -> str:
+    loss: Any = method.loss
+    if isinstance(loss, Mapping):
+        loss = dict(loss)
+    elif not isinstance(loss, str):
+        loss = getattr(loss, "__name__", getattr(loss, "name", "custom"))
+    given = {"loss": loss, "beta": method.beta, **modifiers(method), **method.keywords}
+    listed = ", ".join(f"{key}={value!r}" for key, value in given.items())
+    return f"{type(method).__name__}({listed})"

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from alignkit.atomic import atomic_folder
 from alignkit.cite import citations
+from alignkit.criteria import cited_options, named_losses
 from alignkit.errors import CheckpointError
 from alignkit.facts import ReportFacts
 from alignkit.model_card import model_card
@@ -46,14 +47,15 @@ def write_outcome(run: Run) -> Path | None:
 
 
 def _facts(run: Run, folder: RunFolder) -> ReportFacts:
-    loss, adapter = run.config.method.loss, run.config.adapter
+    method, adapter = run.config.method, run.config.adapter
     return ReportFacts(
         **run.facts,
         citations=citations(
-            run.config.method.name,
-            loss if isinstance(loss, str) else None,
+            method.name,
+            named_losses(method),
             run.wing.modality,
             None if adapter is None else adapter.kind,
+            cited_options(method, run.config.reference),
         ),
         seconds=run.seconds,
         peak_memory_bytes=run.runtime.peak_memory(),

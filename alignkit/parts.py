@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
 from functools import partial
 from importlib import import_module
 from pathlib import Path
@@ -12,9 +11,8 @@ from typing import Any
 import torch
 
 from alignkit.config import RunConfig
+from alignkit.criteria import criterion_of, modifiers_of
 from alignkit.errors import ConfigError
-from alignkit.losses import PREFERENCE_LOSSES, PairLoss
-from alignkit.methods import DPO
 from alignkit.objectives.preference import PreferenceObjective
 from alignkit.places import is_missing
 from alignkit.protocols import Wing
@@ -113,6 +111,7 @@ def _neither(policy: str) -> str:
 
 def build_wing(config: RunConfig, modality: str, runtime: Runtime) -> Wing:
     """The policy, loaded and marked for training."""
+    weighting = config.method.timestep_weighting
     wing: Wing = import_module(MODALITIES[modality]).build(
         config.policy,
         adapter=config.adapter,
@@ -120,6 +119,8 @@ def build_wing(config: RunConfig, modality: str, runtime: Runtime) -> Wing:
         precision=pick_precision(config.trainer.precision),
         gradient_checkpointing=config.trainer.gradient_checkpointing,
         seed=config.seed,
+        # Text has no timesteps; there the option was refused.
+        **({"timestep_weighting": weighting} if modality == "image" else {}),
     )
     return wing
 
@@ -149,21 +150,6 @@ def _copy_of(model: Any) -> Any:
     return copy.deepcopy(model)
 
 
-def loss_of(method: DPO, modality: str) -> tuple[Callable[..., Any], float, PairLoss | None]:
-    """(loss with its keywords bound, beta, its table row or None for the user's own function)."""
-    if not isinstance(method.loss, str):
-        beta = method.beta if method.beta is not None else _default_beta("sigmoid", modality)
-        row = method.loss if isinstance(method.loss, PairLoss) else None
-        return partial(method.loss, **method.keywords), beta, row
-    row = PREFERENCE_LOSSES[method.loss]
-    beta = method.beta if method.beta is not None else _default_beta(method.loss, modality)
-    return partial(row, **method.keywords), beta, row
-
-
-def _default_beta(loss: str, modality: str) -> float:
-    return PREFERENCE_LOSSES[loss].defaults[modality]["beta"]
-
-
 def _compile(module: Any) -> None:
     """Compile block by block and in place: names of parameters stay, one graph serves all blocks.
 
@@ -177,10 +163,9 @@ def build_objective(
     config: RunConfig, wing: Wing, runtime: Runtime
 ) -> tuple[PreferenceObjective, dict[str, Any]]:
     """The objective, and the numbers that were filled in."""
-    loss, beta, row = loss_of(config.method, wing.modality)
-    needs_reference = row.needs_reference if row else True
+    criterion = criterion_of(config.method, wing.modality)
     other_model = _other_model(config, wing, runtime)
-    kind, reference = build_reference(config, wing, needs_reference, other_model)
+    kind, reference = build_reference(config, wing, criterion.loss.needs_reference, other_model)
     if config.trainer.compile:
         _compile(wing.backend.module)
         if isinstance(reference, FrozenModel):
@@ -188,8 +173,8 @@ def build_objective(
     objective = PreferenceObjective(
         wing.backend,
         reference,
-        loss,
-        beta=beta,
+        criterion,
+        modifiers=modifiers_of(config.method),
         seed=config.seed,
         budget=config.trainer.micro_batch,
     )
@@ -198,7 +183,7 @@ def build_objective(
         rate = LEARNING_RATES[wing.modality, wing.adapter != "none"]
     resolved = {
         "modality": wing.modality,
-        "beta": beta,
+        "beta": criterion.beta,
         "learning_rate": rate,
         "reference": kind,
         "precision": pick_precision(config.trainer.precision),

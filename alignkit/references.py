@@ -30,18 +30,14 @@ OtherModel = Callable[[Any], Wing]
 
 
 def build_reference(
-    config: RunConfig, wing: Wing, needs_reference: bool, other_model: OtherModel
+    config: RunConfig, wing: Wing, needs_reference: bool | None, other_model: OtherModel
 ) -> tuple[str, Reference]:
     """What the report calls the reference, and the reference itself.
 
     It is a snapshot of the model handed in; taken before anything is wrapped or trained.
     """
     wanted = config.reference
-    if not needs_reference:
-        if wanted not in ("auto", "none"):
-            raise ConfigError(
-                f"This loss has no reference, and reference={wanted!r} asks for one. Leave it out."
-            )
+    if needs_reference is False or (needs_reference is None and wanted == "none"):
         return "none", NoReference()
     if type(wanted) in _MAKERS:
         return _MAKERS[type(wanted)](wanted, wing)
@@ -60,8 +56,7 @@ _NAMED = ("auto", "frozen", "adapter_off", "none")
 
 
 def _named(wanted: str, config: RunConfig, wing: Wing) -> tuple[str, Reference]:
-    if wanted == "none":
-        raise ConfigError('This loss needs a reference; reference="none" leaves it without.')
+    assert wanted != "none", "refused before anything was loaded"
     if wanted == "adapter_off" and wing.adapter == "none":
         raise ConfigError(
             'reference="adapter_off" needs an adapter on the policy, and there is none. Give '

@@ -5,29 +5,20 @@ from __future__ import annotations
 from typing import Any
 
 from alignkit.config import IN_FILES, WRITTEN_BY_RUNS, RunConfig
-from alignkit.methods import DPO, METHODS
+from alignkit.criteria import losses_named_by
+from alignkit.methods import DPO, METHODS, Method
 from alignkit.options import ImageOptions, TextOptions
 from alignkit.reference_options import REFERENCE_KINDS
 from alignkit.schema import descriptions, hints, json_object, json_type
 
 
 def json_schema() -> dict[str, Any]:
-    """The JSON schema of a configuration file, for editors. Naming the losses loads torch."""
-    from alignkit.losses import PREFERENCE_LOSSES
-
+    """The JSON schema of a configuration file, for editors."""
     schema = json_object(RunConfig, IN_FILES)
     properties = schema["properties"]
-    method = json_object(DPO, {key: hint for key, hint in hints(DPO).items() if key != "keywords"})
-    method["properties"]["loss"]["enum"] = list(PREFERENCE_LOSSES)
-    for loss in PREFERENCE_LOSSES.values():
-        for key, default in loss.keywords.items():
-            users = ", ".join(n for n, row in PREFERENCE_LOSSES.items() if key in row.keywords)
-            about = {"description": f"option of the losses {users}"}
-            method["properties"][key] = json_type(type(default)) | about
-    method["properties"] = {"name": {"enum": list(METHODS)}} | method["properties"]
-    method["required"] = ["name"]
+    methods = [_method(name, cls) for name, cls in METHODS.items()]
     properties["method"] = {
-        "anyOf": [{"enum": list(METHODS)}, method],
+        "anyOf": [{"enum": list(METHODS)}, *methods],
         "description": descriptions(RunConfig)["method"],
     }
     kinds = [_reference_kind(kind, cls) for kind, cls in REFERENCE_KINDS.items()]
@@ -48,4 +39,25 @@ def _reference_kind(kind: str, cls: type) -> dict[str, Any]:
     schema = json_object(cls)
     schema["properties"] = {"kind": {"enum": [kind]}} | schema["properties"]
     schema["required"] = ["kind", *schema.get("required", [])]
+    return schema
+
+
+def _method(name: str, cls: type[Method]) -> dict[str, Any]:
+    """A method's options and those of all losses it may name."""
+    schema = json_object(cls, {key: hint for key, hint in hints(cls).items() if key != "keywords"})
+    losses = losses_named_by(cls)
+    named: dict[str, Any] = {"enum": list(losses)}
+    if cls is DPO:
+        weights = {"type": "object", "properties": {key: {"type": "number"} for key in losses}}
+        named = {"anyOf": [named, weights | {"additionalProperties": False}]}
+    kept = ("description", "default")
+    loss = schema["properties"]["loss"]
+    schema["properties"]["loss"] = named | {key: loss[key] for key in kept}
+    for row in losses.values():
+        for key, default in row.keywords.items():
+            users = ", ".join(n for n, other in losses.items() if key in other.keywords)
+            about = {"description": f"option of the losses {users}"}
+            schema["properties"].setdefault(key, json_type(type(default)) | about)
+    schema["properties"] = {"name": {"enum": [name]}} | schema["properties"]
+    schema["required"] = ["name"]
     return schema

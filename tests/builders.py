@@ -22,6 +22,7 @@ from transformers import (
 
 from alignkit.batches import Batch, Likelihood
 from alignkit.losses import PREFERENCE_LOSSES, PairScores
+from alignkit.objectives.criterion import Criterion
 from alignkit.objectives.preference import PreferenceObjective
 from alignkit.options import LoRA
 from alignkit.reference import FrozenModel
@@ -243,7 +244,8 @@ def table_objective(
     draw = torch.Generator().manual_seed(1)
     backend = TableBackend(torch.randn(2 * num, generator=draw) - 10)
     reference = FrozenModel.copy_of(backend.module)
-    return PreferenceObjective(backend, reference, loss, beta=beta, **options)
+    criterion = Criterion.of(loss, beta=beta, **options.pop("keywords", {}))
+    return PreferenceObjective(backend, reference, criterion, **options)
 
 
 def text_wing(

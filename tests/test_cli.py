@@ -15,7 +15,7 @@ from alignkit.cite import citations
 from alignkit.cli import app
 from alignkit.config import check, from_file, from_mapping
 from alignkit.errors import ConfigError, DataError
-from alignkit.losses import PREFERENCE_LOSSES
+from alignkit.losses import LOSSES
 from alignkit.methods import METHODS
 from alignkit.options import GenerationOptions
 from alignkit.run_schema import json_schema
@@ -250,7 +250,7 @@ def test_methods_and_losses_list_every_row():
     shown = call("methods").stdout
     assert all(name in shown and cls.__name__ in shown for name, cls in METHODS.items())
     lines = call("losses").stdout
-    for name, loss in PREFERENCE_LOSSES.items():
+    for name, loss in LOSSES.items():
         assert name in lines
         assert loss.equation[:20] in lines
         assert all(beta.source in lines for beta in loss.betas.values())
@@ -282,13 +282,13 @@ def test_citations_name_the_papers_a_run_rests_on():
 
 
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("loss", PREFERENCE_LOSSES)
+@pytest.mark.parametrize("loss", LOSSES)
 def test_every_method_and_loss_has_its_citation(method, loss):
     """The arXiv numbers of the tables are those of the entries."""
     import re
 
     entries = "\n".join(citations(method, loss, "image"))
-    named = PREFERENCE_LOSSES[loss].paper + METHODS[method].paper
+    named = LOSSES[loss].paper + METHODS[method].paper
     for number in re.findall(r"\d{4}\.\d{5}", named):
         assert f"eprint = {{{number}}}" in entries
     assert entries.count("{") == entries.count("}")

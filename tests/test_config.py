@@ -18,7 +18,8 @@ from alignkit.config import (
     to_mapping,
 )
 from alignkit.errors import ConfigError
-from alignkit.losses import PREFERENCE_LOSSES
+from alignkit.losses import GROUP_LOSSES, PREFERENCE_LOSSES, UNPAIRED_LOSSES
+from alignkit.losses.divergences import DIVERGENCES
 from alignkit.methods import DPO
 from alignkit.options import (
     EarlyStop,
@@ -304,7 +305,18 @@ def test_every_field_is_written_defaults_included():
     assert mapping["generation"] == {**asdict(GenerationOptions()), "stop": []}
     assert mapping["adapter"] == asdict(LoRA())
     assert mapping["data_options"]["truncation"] == "keep_start"
-    assert mapping["method"] == {"name": "dpo", "loss": "sigmoid", "beta": None}
+    assert mapping["method"] == {
+        "name": "dpo",
+        "loss": "sigmoid",
+        "beta": None,
+        "divergence": "reverse_kl",
+        "divergence_alpha": 0.5,
+        "weighting": None,
+        "ld_alpha": None,
+        "anchor": 0.0,
+        "timestep_weighting": "uniform",
+        "safeguard": None,
+    }
     assert mapping["resume"] == "auto"
 
 
@@ -428,8 +440,8 @@ NOT_SCALE_FREE = replace(SIGMOID, name="fixed", scale_free=False)
 @pytest.mark.parametrize(
     ("changes", "modality", "message"),
     [
-        ({"method": "dpo"}, None, r"method must be one of DPO\(\); got 'dpo'"),
-        ({"method": DPO}, None, r"method must be one of DPO\(\); got <class"),
+        ({"method": "dpo"}, None, r"method must be one of DPO\(\), KTO\(\); got 'dpo'"),
+        ({"method": DPO}, None, r"method must be one of DPO\(\), KTO\(\); got <class"),
         ({"policy": None}, None, "policy must be given"),
         ({"data": None}, None, "data must be given"),
         ({"adapter": {"rank": 4}}, None, "adapter must be the options of LoRA or null"),
@@ -697,5 +709,12 @@ def test_the_schema_says_what_editors_show():
     assert trainer["properties"]["warmup"]["type"] == "number"
     assert trainer["properties"]["learning_rate"]["type"] == ["number", "null"]
     method = schema["properties"]["method"]["anyOf"][1]
-    assert method["properties"]["loss"]["enum"] == list(PREFERENCE_LOSSES)
+    names = [*PREFERENCE_LOSSES, *GROUP_LOSSES]
+    assert method["properties"]["loss"]["anyOf"][0] == {"enum": names}
+    assert list(method["properties"]["loss"]["anyOf"][1]["properties"]) == names
+    assert method["properties"]["divergence"]["enum"] == list(DIVERGENCES)
     assert method["required"] == ["name"]
+    kto = schema["properties"]["method"]["anyOf"][2]
+    assert kto["properties"]["name"] == {"enum": ["kto"]}
+    assert kto["properties"]["loss"]["enum"] == list(UNPAIRED_LOSSES)
+    assert kto["properties"]["momentum"]["type"] == "number"

@@ -10,6 +10,7 @@ import torch
 
 from alignkit import DPO, LoRA, TrainerOptions, build
 from alignkit.losses import PREFERENCE_LOSSES
+from alignkit.objectives.criterion import Criterion
 from alignkit.objectives.preference import PreferenceObjective
 from alignkit.options import TextOptions
 from alignkit.reference import FrozenAdapter, FrozenModel, NoReference, SwitchedAdapter
@@ -195,7 +196,7 @@ def test_gradient_checkpointing_changes_no_gradient(architecture, kind) -> None:
         reference.prepare(Runtime())
         move(wing.backend.module)
         objective = PreferenceObjective(
-            wing.backend, reference, PREFERENCE_LOSSES["sigmoid"], beta=0.1, budget=3
+            wing.backend, reference, Criterion.of(PREFERENCE_LOSSES["sigmoid"], beta=0.1), budget=3
         )
         calls = count_blocks(wing)
         results.append((loss_and_gradients(objective, make_batch(wing)), calls[0]))

@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_flatten
 from alignkit import LoRA, Trainer, TrainerOptions
 from alignkit.errors import ConfigError, DataError, NonFiniteError
 from alignkit.losses import PREFERENCE_LOSSES, PairScores
+from alignkit.objectives.criterion import Criterion
 from alignkit.objectives.preference import PreferenceObjective
 from alignkit.options import TextOptions
 from alignkit.protocols import Trainable
@@ -223,7 +224,7 @@ def test_nan_in_one_embedding_names_the_rows_that_use_it() -> None:
     examples = wing.examples(rows, TextOptions(), kind="pairs", seed=0)
     reference = FrozenModel.copy_of(wing.backend.module)
     objective = PreferenceObjective(
-        wing.backend, reference, PREFERENCE_LOSSES["sigmoid"], beta=0.1, budget=2
+        wing.backend, reference, Criterion.of(PREFERENCE_LOSSES["sigmoid"], beta=0.1), budget=2
     )
     with torch.no_grad():
         wing.policy.get_input_embeddings().weight[383] = math.nan
@@ -287,8 +288,7 @@ def test_a_step_reads_the_device_once_and_a_logged_one_twice(monkeypatch, wing) 
         objective = PreferenceObjective(
             text.backend,
             SwitchedAdapter(text.backend, text.adapters_off),
-            PREFERENCE_LOSSES["sigmoid"],
-            beta=0.1,
+            Criterion.of(PREFERENCE_LOSSES["sigmoid"], beta=0.1),
             budget=2,
         )
         trainer = trainer_of(8, 4, objective=objective, examples=examples, **options)

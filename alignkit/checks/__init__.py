@@ -10,7 +10,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from alignkit.checks.method import check_method
 from alignkit.checks.reference import check_reference
 from alignkit.checks.trainer import (
     check_evaluation,
@@ -44,6 +43,9 @@ def check(config: RunConfig, modality: str | None = None) -> None:
         config: the run, from a file or made in Python.
         modality: "text" or "image" where it is known; None leaves out what depends on it.
     """
+    # The loss tables load torch, and reading a file shall not.
+    from alignkit.checks.method import check_method
+
     if type(config.method) not in METHODS.values():
         known = ", ".join(f"{cls.__name__}()" for cls in METHODS.values())
         raise ConfigError(f"method must be one of {known}; got {config.method!r}.")

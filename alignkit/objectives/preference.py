@@ -1,175 +1,251 @@
-"""Preference optimisation from pairs: likelihoods in, a summed loss and its metrics out.
+"""Preference optimisation: likelihoods in, a summed loss and its metrics out.
 
-One forward of policy and reference per micro-batch on a shared draw (alignkit.likelihood), four
-numbers per pair into a pure loss (alignkit.losses), the weighted *sum* out. The trainer divides
+One forward of policy and reference per micro-batch on a shared draw (alignkit.likelihood), a few
+numbers per example into pure losses (alignkit.losses), the weighted *sum* out. The trainer divides
 once by the sum of weights over the global batch, so that no split into micro-batches or processes
-changes a result.
+changes a result. Pairs, rankings and single labelled answers differ in their `Kind` alone.
+
+A loss that couples the batch sees the global batch under any split (see `global_batch`), by two
+passes; one micro-batch on one process is one pass.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from alignkit.batches import Batch, Metrics
+from alignkit.batches import Batch, Likelihood, Metrics
+from alignkit.draws import generator
 from alignkit.likelihood import log_likelihoods
-from alignkit.losses.scores import PairScores
-from alignkit.protocols import Backend, Key, Reference, Trainable
+from alignkit.losses import State
+from alignkit.objectives.criterion import Criterion
+from alignkit.objectives.global_batch import couple
+from alignkit.objectives.kinds import Scores
+from alignkit.objectives.modifiers import Modifiers, mean
+from alignkit.objectives.pieces import Micro, Scored
+from alignkit.protocols import Backend, Collective, Key, Reference, Trainable
 
-PairLossFunction = Callable[..., Tensor]
-"""`(scores, *, beta) -> (B,)`."""
-
-
-@dataclass(frozen=True)
-class Micro:
-    """A piece of a global batch and the key of its draws."""
-
-    batch: Batch
-    key: Key
+_ALONE: Any = SimpleNamespace(rank=0, size=1, sum=lambda value: value, gather=lambda value: value)
 
 
 class PreferenceObjective:
-    """A pairwise loss on the log-ratios of policy to reference.
+    """Losses of the log-ratios of policy to reference, over one kind of row.
 
     Args:
         backend: evaluates the policy.
-        reference: evaluates the frozen comparison.
-        loss: `(scores, *, beta) -> (B,)`, its own keywords already bound.
-        beta: strength of the KL, in the unit of the wing's log-ratio.
+        reference: evaluates the comparison.
+        criterion: the losses; `Criterion.of(loss, beta=...)` for a single one.
+        modifiers: what changes them.
         seed: of the draws.
         budget: groups per micro-batch, or "auto".
     """
-
-    requires: frozenset[str] = frozenset()
 
     def __init__(
         self,
         backend: Backend,
         reference: Reference,
-        loss: PairLossFunction,
+        criterion: Criterion,
         *,
-        beta: float,
+        modifiers: Modifiers | None = None,
         seed: int = 0,
         budget: int | str = "auto",
     ) -> None:
         self.backend = backend
         self.reference = reference
-        self.loss = loss
-        self.beta = beta
+        self.criterion = criterion
+        self.modifiers = modifiers or Modifiers()
         self.seed = seed
         self.budget = budget
+        self.requires = self.modifiers.of_policy
+        self.collective: Collective = _ALONE
+        self.state: State = {}
+        self._next: State = {}
 
     @property
     def trainable(self) -> Trainable:
-        def replace(name: str, module: torch.nn.Module) -> None:
+        def wrapped(name: str, module: torch.nn.Module) -> None:
             self.backend.module = module
 
-        return Trainable({"policy": self.backend.module}, replace)
+        return Trainable({"policy": self.backend.module}, wrapped)
 
     def prepare(self, runtime: Any) -> None:
+        self.collective = runtime
         self.reference.prepare(runtime)
 
     def normaliser(self, batch: Batch) -> Tensor:
         return batch.weights().double().sum()
 
-    def micro_batches(self, batch: Batch, step: int) -> Iterator[Micro]:
-        present = batch.weights().nonzero().flatten().tolist()
-        if not present:
-            batch = batch.select([0])
-        elif len(present) < batch.num_groups:
-            batch = batch.select(present)
-        for piece in self.backend.split(batch, self.budget):
-            yield Micro(piece, (self.seed, step))
+    # --- pieces ------------------------------------------------------------------------------
+
+    def micro_batches(self, batch: Batch, step: int) -> Sequence[Micro]:
+        batch, key = _present(batch), (self.seed, step)
+        kl = self._kl_baseline(batch, key) if "kl" in self.criterion.loss.needs else None
+        pieces = [
+            Micro(piece, key, None if kl is None else kl[_places(piece, batch, kl.device)])
+            for piece in self.backend.split(batch, self.budget)
+        ]
+        alone = self.collective.size == 1 and len(pieces) == 1
+        if alone or not self.criterion.couples:
+            return pieces
+        with torch.no_grad():
+            scored = [self._scored(piece) for piece in self._evened(pieces)][: len(pieces)]
+        known = couple(pieces, scored, self.collective, lambda s: self._losses(s, step))
+        return [replace(piece, known=one) for piece, one in zip(pieces, known, strict=True)]
 
     def absent(self, micro: Micro) -> Micro:
-        return Micro(micro.batch.select([0]).absent(), micro.key)
+        return micro.absent()
 
-    def rows_of(self, micro: Micro) -> list[int]:
-        return micro.batch.row_id.tolist()
+    def _evened(self, pieces: Sequence[Micro]) -> list[Micro]:
+        """As many on every process: sharded forwards talk to each other."""
+        num = int(self.collective.gather(torch.tensor([len(pieces)])).max())
+        return [*pieces, *[pieces[0].absent()] * (num - len(pieces))]
+
+    @torch.no_grad()
+    def _kl_baseline(self, batch: Batch, key: Key) -> Tensor:
+        """(G,) log-ratios of each prompt with another prompt's answer."""
+        if batch.mismatched is None:
+            raise ValueError(
+                "This loss estimates a KL from answers to other prompts, and the batch has none. "
+                "Make its source with RowSource(..., mismatched=True)."
+            )
+        pieces = [Micro(p, key) for p in self.backend.split(batch.mismatched, self.budget)]
+        found = [self._log_ratio(piece) for piece in self._evened(pieces)][: len(pieces)]
+        kl = torch.empty(batch.num_groups, device=found[0].device)
+        for piece, values in zip(pieces, found, strict=True):
+            kl[_places(piece.batch, batch, kl.device)] = values
+        return kl
+
+    def _log_ratio(self, micro: Micro) -> Tensor:
+        policy, reference = log_likelihoods(self.backend, self.reference, micro.batch, micro.key)
+        return policy.total - reference.total.to(policy.total.device)
+
+    # --- numbers -----------------------------------------------------------------------------
+
+    def scores(self, micro: Micro) -> Any:
+        """The log-likelihoods of a piece as its losses take them: `PairScores` and so on."""
+        return self._scored(micro).scores
+
+    def _scored(self, micro: Micro) -> Scored:
+        batch, modifiers, kind = micro.batch, self.modifiers, self.criterion.kind
+        policy, reference = log_likelihoods(
+            self.backend,
+            self.reference,
+            batch,
+            micro.key,
+            want=modifiers.of_policy,
+            want_of_reference=modifiers.of_both,
+            known=micro.known.scored.reference if micro.known else None,
+        )
+        fields = self._fields(micro, policy)
+        plain = kind.scores(batch, policy, reference, **fields)
+        scores = plain
+        if modifiers.ld_alpha is not None:
+            both = modifiers.likelihood(policy), modifiers.likelihood(reference)
+            scores = kind.scores(batch, *both, **fields)
+        scores, metrics = modifiers.guarded(scores, batch, policy)
+        factor = modifiers.factor(batch, policy)
+        if factor is not None:
+            metrics["wpo/weight"] = mean(factor, batch.weights())
+        return Scored(
+            scores,
+            batch.weights().to(policy.total.device, torch.float64, non_blocking=True),
+            factor,
+            modifiers.anchor_term(plain),
+            reference,
+            metrics,
+        )
+
+    def _fields(self, micro: Micro, policy: Likelihood) -> dict[str, Tensor]:
+        """What losses ask for beside likelihoods and columns."""
+        device = policy.total.device
+        fields: dict[str, Tensor] = {}
+        weight = micro.batch.weights()
+        if bool((weight != 1).any()):
+            fields["weight"] = weight.to(device, torch.float32, non_blocking=True)
+        if micro.kl is not None:
+            fields["kl"] = micro.kl
+        if "uniform" in self.criterion.loss.needs:
+            drawn = [
+                generator("pair", *micro.key, position).random()
+                for position in micro.batch.position.tolist()
+            ]
+            fields["uniform"] = torch.tensor(drawn, dtype=torch.float32, device=device)
+        return fields
+
+    def _losses(self, scores: Scores, step: int) -> Tensor:
+        """(B,) losses. A training step moves the losses' state on, once it has been taken."""
+        if step == 0:
+            return self.criterion(scores, self.state)
+        self._next = self.criterion.next_state(scores, self.state)
+        return self.criterion(scores, self._next)
+
+    # --- what the trainer asks for -------------------------------------------------------------
 
     def __call__(self, micro: Micro) -> tuple[Tensor, Metrics]:
-        scores = self.scores(micro)
-        losses = self.loss(scores, beta=self.beta)  # (B,)
-        if losses.shape != scores.policy_chosen.shape:
-            raise ValueError(
-                "A preference loss returns one value per pair, unreduced; got shape "
-                f"{tuple(losses.shape)} for {len(scores.policy_chosen)} pairs."
-            )
-        weight = _weight(scores).double()
-        # Summed in float64: the mean of a large batch keeps the last bits of its members.
-        total = (losses.double() * weight).sum()
-        return total, _metrics(scores, self.beta, weight)
+        scored = self._scored(micro)
+        if micro.known is None:
+            total = scored.counted(self._losses(scored.scores, micro.key[1]))
+        else:
+            total = micro.known.surrogate(scored.scores)
+        return total + scored.anchored(), self._metrics(scored)
 
-    def scores(self, micro: Micro) -> PairScores:
-        """The four log-likelihoods of each pair of a micro-batch, with the data's modifiers."""
-        batch = micro.batch
-        policy, reference = log_likelihoods(
-            self.backend, self.reference, batch, micro.key, self.requires
-        )
-        device = policy.total.device
-        chosen, rejected = (index.to(device, non_blocking=True) for index in batch.pairs())
-        reference_total = reference.total.to(device)
+    @torch.no_grad()
+    def _metrics(self, scored: Scored) -> Metrics:
+        criterion, scores, weight = self.criterion, scored.scores, scored.weight
+        metrics = criterion.kind.metrics(scores, criterion.beta, weight) | scored.metrics
+        capped = criterion.capped(scores)
+        return metrics if capped is None else metrics | {"divergence/capped": mean(capped, weight)}
 
-        def given(value: Tensor | None) -> Tensor | None:
-            return None if value is None else value.to(device, torch.float32, non_blocking=True)
-
-        return PairScores(
-            policy.total[chosen],
-            policy.total[rejected],
-            reference_total[chosen],
-            reference_total[rejected],
-            chosen_length=policy.length[chosen],
-            rejected_length=policy.length[rejected],
-            weight=given(batch.weight),
-            target_margin=given(batch.target_margin),
-            p_chosen=given(batch.p_chosen),
-        )
+    def _known(self, micro: Micro) -> tuple[Scored, Tensor]:
+        """A piece's numbers and losses, from an earlier pass where there was one."""
+        if micro.known is not None:
+            return micro.known.scored, micro.known.losses
+        scored = self._scored(micro)
+        return scored, self._losses(scored.scores, micro.key[1])
 
     @torch.no_grad()
     def evaluate(self, micro: Micro) -> Metrics:
-        """The metrics of held-out pairs, the loss among them."""
-        total, metrics = self(micro)
-        weight = micro.batch.weights().double().sum().to(total.device)
-        return {"loss": (total, weight), **metrics}
+        """The metrics of held-out rows, the loss among them."""
+        scored, losses = self._known(micro)
+        total = scored.counted(losses) + scored.anchored()
+        return {"loss": (total, scored.weight.sum()), **self._metrics(scored)}
 
     @torch.no_grad()
     def culprits(self, micro: Micro) -> list[int]:
         """The row ids whose own loss is not finite."""
-        losses = self.loss(self.scores(micro), beta=self.beta)
-        bad = (~losses.isfinite()).tolist()
+        scored, losses = self._known(micro)
+        own = losses if scored.anchor is None else losses + scored.anchor
+        bad = (~own.isfinite()).tolist()
         return [row for row, is_bad in zip(self.rows_of(micro), bad, strict=True) if is_bad]
 
+    def rows_of(self, micro: Micro) -> list[int]:
+        return micro.batch.row_id.tolist()
+
     def after_step(self, step: int) -> None:
+        self.state = self._next
         self.reference.update(step)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"reference": self.reference.state_dict()}
+        return {"reference": self.reference.state_dict(), "loss": dict(self.state)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.reference.load_state_dict(state["reference"])
+        self.state = self._next = state["loss"]
 
 
-def _weight(scores: PairScores) -> Tensor:
-    return torch.ones_like(scores.policy_chosen) if scores.weight is None else scores.weight
+def _present(batch: Batch) -> Batch:
+    """Without rows of weight 0, but for one that keeps an empty process in step."""
+    present = batch.weights().nonzero().flatten().tolist()
+    if not present:
+        return batch.select([0])
+    return batch if len(present) == batch.num_groups else batch.select(present)
 
 
-@torch.no_grad()
-def _metrics(scores: PairScores, beta: float, weight: Tensor) -> Metrics:
-    """The field's preference metrics as (weighted sum, sum of weights); ties count one half."""
-    chosen, rejected, margin = scores.chosen, scores.rejected, scores.margin
-    values = {
-        "rewards/chosen": beta * chosen,
-        "rewards/rejected": beta * rejected,
-        "rewards/margins": beta * margin,
-        "rewards/accuracies": (margin > 0) + 0.5 * (margin == 0),
-        "logps/chosen": scores.policy_chosen,
-        "logps/rejected": scores.policy_rejected,
-        "log_ratio/chosen": chosen,
-        "log_ratio/rejected": rejected,
-    }
-    count = weight.sum()
-    return {name: ((value.double() * weight).sum(), count) for name, value in values.items()}
+def _places(piece: Batch, batch: Batch, device: torch.device) -> Tensor:
+    """Where the groups of a piece stand in the batch that it was split from."""
+    return torch.searchsorted(batch.position, piece.position).to(device)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from alignkit.batches import Batch
 from alignkit.losses import PREFERENCE_LOSSES
+from alignkit.objectives.criterion import Criterion
 from alignkit.objectives.preference import PreferenceObjective
 from alignkit.options import LoRA, TextOptions
 from alignkit.reference import FrozenModel, SwitchedAdapter
@@ -36,7 +37,7 @@ def objective(request: Any) -> PreferenceObjective:
         else FrozenModel.copy_of(wing.backend.module)
     )
     return PreferenceObjective(
-        wing.backend, reference, PREFERENCE_LOSSES["sigmoid"], beta=BETA, budget=8
+        wing.backend, reference, Criterion.of(PREFERENCE_LOSSES["sigmoid"], beta=BETA), budget=8
     )
 
 
@@ -73,7 +74,7 @@ def test_policy_at_its_reference_has_margin_0_and_loss_ln_2_to_the_last_bit(
     for micro in objective.micro_batches(BATCH, step=1):
         scores = objective.scores(micro)
         assert (scores.margin == 0).all() and (scores.chosen == 0).all()
-        losses = objective.loss(scores, beta=BETA)
+        losses = objective.criterion(scores)
         assert losses.dtype == torch.float32 and (losses == ln_2).all()
         summed, metrics = objective(micro)
         total += summed.item()

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from alignkit import Trainer, TrainerOptions
 from alignkit.batches import Batch
 from alignkit.losses import PREFERENCE_LOSSES
+from alignkit.objectives.criterion import Criterion
 from alignkit.objectives.preference import PreferenceObjective
 from alignkit.reference import FrozenModel
 from alignkit.sources import RowSource
@@ -135,8 +136,7 @@ def learnt_shift(
     objective = PreferenceObjective(
         backend,
         FrozenModel.copy_of(module),
-        PREFERENCE_LOSSES[loss],
-        beta=beta,
+        Criterion.of(PREFERENCE_LOSSES[loss], beta=beta),
         budget=len(pairs),
     )
     source = RowSource(

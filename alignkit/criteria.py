@@ -1,0 +1,145 @@
+"""From a method to what its objective computes: losses with their numbers filled in, modifiers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from alignkit.errors import ConfigError, refuse_unknown
+from alignkit.losses import (
+    GROUP_LOSSES,
+    PREFERENCE_LOSSES,
+    UNPAIRED_LOSSES,
+    Loss,
+    UnpairedLoss,
+    weighted_sum,
+)
+from alignkit.methods import DPO, KTO, Method, modifiers
+from alignkit.objectives.criterion import Criterion, OwnLoss
+from alignkit.objectives.kinds import PAIRS, UNPAIRED
+from alignkit.objectives.modifiers import Modifiers
+from alignkit.reference_options import SyncedReference
+
+NATS = "per nat of the ELBO's log-ratio, estimated at one timestep and noise"
+
+TABLES_OF: Mapping[type, tuple[Mapping[str, Loss], ...]] = {
+    DPO: (PREFERENCE_LOSSES, GROUP_LOSSES),
+    KTO: (UNPAIRED_LOSSES,),
+}
+"""Method -> the tables whose losses it may name."""
+
+
+def losses_named_by(method: type) -> dict[str, Loss]:
+    """Name -> loss, of all that a method may name."""
+    return {name: row for table in TABLES_OF[method] for name, row in table.items()}
+
+
+def criterion_of(method: Method, modality: str) -> Criterion:
+    """The loss of a method on a wing, with its beta.
+
+    Raises:
+        ConfigError: for a loss or a keyword that there is not.
+    """
+    loss = loss_of(method)
+    given = dict(method.keywords)
+    if isinstance(loss, Loss):
+        loss.check_keywords(given)
+    if isinstance(method, KTO):
+        if isinstance(loss, UnpairedLoss):
+            weights = ("desirable_weight", "undesirable_weight")
+            given |= {name: getattr(method, name) for name in weights}
+        return Criterion(loss, beta_of(loss, method, modality), given)
+    divergence = method.divergence, method.divergence_alpha
+    return Criterion(loss, beta_of(loss, method, modality), given, *divergence)
+
+
+def loss_of(method: Method) -> Loss | OwnLoss:
+    """The loss that a method names, adds up, or brings along."""
+    loss = method.loss
+    if isinstance(loss, Loss):
+        return loss
+    if callable(loss):
+        return OwnLoss(loss, UNPAIRED if isinstance(method, KTO) else PAIRS)
+    names = [loss] if isinstance(loss, str) else list(loss)
+    for name in names:
+        _refuse_loss(name, method)
+    # One table's losses are added up: those of the first name.
+    table = next(t for t in TABLES_OF[type(method)] if names[0] in t)
+    if others := [name for name in names if name not in table]:
+        raise ConfigError(
+            f"Losses that are added up take the same kind of rows, and {others[0]!r} takes others "
+            f"than {names[0]!r}. Take losses of one table."
+        )
+    return table[loss] if isinstance(loss, str) else weighted_sum(loss, table)
+
+
+def _refuse_loss(name: str, method: Method) -> None:
+    known = losses_named_by(type(method))
+    for other in TABLES_OF:
+        if name in losses_named_by(other) and name not in known:
+            raise ConfigError(
+                f"Loss {name!r} takes other rows than {type(method).__name__} reads; write "
+                f"{other.__name__}(loss={name!r})."
+            )
+    refuse_unknown("loss", name, known)
+
+
+def beta_of(loss: Loss | OwnLoss, method: Method, modality: str) -> float:
+    """The given beta, or the loss's default in the unit of the wing's log-ratio."""
+    if method.beta is not None:
+        return method.beta
+    row = loss if isinstance(loss, Loss) else PREFERENCE_LOSSES["sigmoid"]
+    unit = "text" if method.timestep_weighting == "nats" else modality
+    if unit not in row.betas:
+        raise ConfigError(
+            f"The parts of {row.name!r} have different default betas, so that method.beta must be "
+            "given; got None."
+        )
+    return row.betas[unit].value
+
+
+def describe(method: Method, modality: str) -> dict[str, Any]:
+    """A method for the report: its loss, equation and paper, its numbers and modifiers."""
+    criterion = criterion_of(method, modality)
+    return {
+        "name": method.name,
+        "loss": criterion.loss.name,
+        "equation": getattr(criterion.loss, "equation", "the user's own function"),
+        "paper": getattr(criterion.loss, "paper", method.paper),
+        "beta": criterion.beta,
+        **({"beta_convention": NATS} if method.timestep_weighting == "nats" else {}),
+        **method.keywords,
+        **modifiers(method),
+    }
+
+
+def modifiers_of(method: Method) -> Modifiers:
+    """What changes the losses of a method."""
+    if isinstance(method, KTO):
+        return Modifiers()
+    return Modifiers(
+        ld_alpha=method.ld_alpha,
+        wpo=method.weighting == "wpo",
+        anchor=method.anchor,
+        safeguard=method.safeguard,
+    )
+
+
+def named_losses(method: Method) -> list[str]:
+    """The names in the tables of what a method's loss is made of."""
+    if isinstance(method.loss, (str, Mapping)):
+        return [method.loss] if isinstance(method.loss, str) else list(method.loss)
+    return []
+
+
+def cited_options(method: Method, reference: Any) -> list[str]:
+    """What of a method and its reference has a paper of its own, as `cite` names it."""
+    used = list(modifiers(method))
+    if method.timestep_weighting == "min_snr":
+        used.append("min_snr")
+    if isinstance(method.loss, Mapping) and len(method.loss) > 1:
+        used.append("mixture")
+    if isinstance(reference, SyncedReference):
+        used.append("synced")
+    own = ("divergence", "weighting", "ld_alpha", "anchor", "safeguard")
+    return [name for name in used if name in (*own, "min_snr", "mixture", "synced")]
