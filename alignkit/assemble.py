@@ -235,7 +235,12 @@ def _banner(config: RunConfig, resolved: Mapping[str, Any]) -> str:
 
 
 def load_trained(config: RunConfig, modality: str, model: Path, runtime: Runtime) -> Wing:
-    """The wing of a finished run, from its `model/`.
+    """The wing of a finished run, from its `model/`."""
+    return build_wing(continued(config, modality, model), modality, runtime)
+
+
+def continued(config: RunConfig, modality: str, model: Path) -> RunConfig:
+    """The same run, going on from what a finished one left in its `model/`.
 
     An adapter goes onto its base: an image adapter's folder does not name it, nor does that of a
     model in hand.
@@ -245,7 +250,5 @@ def load_trained(config: RunConfig, modality: str, model: Path, runtime: Runtime
     else:
         onto_base = config.adapter is not None and not isinstance(config.policy, (str, Path))
     if onto_base:
-        trained = replace(config, adapter=LoRA(continue_from=str(model)))
-    else:
-        trained = replace(config, policy=str(model), adapter=None)
-    return build_wing(trained, modality, runtime)
+        return replace(config, adapter=LoRA(continue_from=str(model)))
+    return replace(config, policy=str(model), adapter=None)

@@ -159,7 +159,12 @@ class TextWing:
         eos = self._eos_ids()
         with evaluating(self.policy), uncompiled(self.policy):
             new = generate(self.policy, self.tokenizer, ids, options, seed=seed, eos_ids=eos)
-        return [self.tokenizer.decode(one, skip_special_tokens=True).strip() for one in new]
+        texts = [self.tokenizer.decode(one, skip_special_tokens=True).rstrip() for one in new]
+        # The answer to a plain text goes on where that ends, with a blank if need be.
+        return [
+            text.lstrip() if self.chat or not isinstance(prompt, str) else text
+            for prompt, text in zip(prompts, texts, strict=True)
+        ]
 
     def _prompt_ids(self, prompts: Sequence[Any]) -> list[np.ndarray]:
         ids = []

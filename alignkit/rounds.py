@@ -1,0 +1,289 @@
+"""Iterative preference optimisation: rounds of sampling, labelling and one offline phase each.
+
+A composition of `align()` calls: round n starts from what round n - 1 left, its policy answers the
+prompts, a reward or judge labels the answers, and one run of its own trains on them.
+
+Xu et al. 2023 (2312.16682); Dong et al. 2024 (2405.07863); Pang et al. 2024 (2404.19733).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from PIL.Image import Image
+
+from alignkit.api import align
+from alignkit.assemble import continued
+from alignkit.atomic import atomic_folder, atomic_write
+from alignkit.config import RunConfig, changed_keys, check, to_mapping
+from alignkit.draws import generator
+from alignkit.errors import CheckpointError, ConfigError, DataError
+from alignkit.methods import DPO
+from alignkit.options import GenerationOptions, ImageOptions, LoRA, TextOptions, TrainerOptions
+from alignkit.parts import build_wing, modality_of
+from alignkit.preferences import Judged, by_judge, by_reward, preference_row
+from alignkit.protocols import PreferenceJudge, Reward
+from alignkit.records import from_json, to_json
+from alignkit.result import AlignResult
+from alignkit.rows import Row, read_rows
+from alignkit.runtime import Runtime
+
+log = logging.getLogger("alignkit")
+
+
+def align_rounds(
+    policy: str | Path,
+    method: DPO,
+    prompts: Any,
+    *,
+    run_dir: str | Path,
+    reward: Reward | None = None,
+    judge: PreferenceJudge | None = None,
+    rounds: int = 3,
+    samples_per_prompt: int = 2,
+    soft_labels: bool = False,
+    reference: Literal["round", "first"] = "round",
+    adapter: LoRA | None = None,
+    data_options: TextOptions | ImageOptions | None = None,
+    generation: GenerationOptions | None = None,
+    trainer: TrainerOptions | None = None,
+    eval_data: Any = None,
+    seed: int = 0,
+) -> AlignResult:
+    """Align a model in rounds, each on preferences among its own answers.
+
+    Main arguments:
+        policy: a folder or hub name. A model in hand is refused: each round starts from the files
+            of the one before.
+        method: of each round; a loss of pairs sees the best and the worst answer to each prompt, a
+            loss of rankings all of them.
+        prompts: rows with `prompt`, as `align` takes data, or a list of prompts.
+        run_dir: holds `round-1`, `round-2` ..., each a run folder, and `answers/round-1` ... with
+            what each round trained on. Called again, it goes on where it was: a finished round is
+            not redone, and answers that were labelled are not sampled or labelled again. More
+            `rounds` may be asked for than before; anything else that changed is refused.
+        reward: `(prompts, responses, rows) -> scores`, None for an answer without one.
+        judge: `(prompts, a, b, rows) -> P(a beats b)`, instead of a reward; asked in both orders.
+
+    Other arguments:
+        rounds: how many.
+        samples_per_prompt: answers that the policy gives to each prompt of a round.
+        soft_labels: train on the judge's probabilities (`p_chosen`) instead of its verdicts.
+        reference: "round" compares each round's policy with its own start, "first" with the policy
+            that was handed in. They converge to different policies.
+        adapter: trained in the first round and continued in the later ones; None trains all
+            weights.
+        data_options, trainer, eval_data: of each round's run; `data_options.columns` renames
+            columns of `prompts`.
+        generation: how the policy answers, and how reports sample. An answer that
+            `max_new_tokens` cuts is judged as it is: leave room.
+        seed: of everything; each round samples with a key of its own.
+
+    Returns:
+        The result of the last round.
+
+    Raises:
+        ConfigError: for options that do not go together, before anything is loaded.
+        DataError: for prompts that cannot be read, or a round in which no answer is preferred.
+        CheckpointError: for a `run_dir` of rounds that were asked for otherwise.
+    """
+    _check_rounds(policy, reward, judge, rounds, samples_per_prompt, soft_labels)
+    folder, modality = Path(run_dir), modality_of(policy)
+    first = RunConfig(
+        policy,
+        method,
+        str(folder / "answers" / "round-1"),
+        eval_data=eval_data,
+        reference=_reference(reference, policy, adapter),
+        adapter=adapter,
+        data_options=None if data_options is None else replace(data_options, columns={}),
+        generation=generation or GenerationOptions(),
+        trainer=trainer or TrainerOptions(),
+        run_dir=folder / "round-1",
+        seed=seed,
+    )
+    check(first, modality)
+    rows = _read_prompts(prompts, {} if data_options is None else data_options.columns)
+    labeller = Labeller(reward, judge, samples_per_prompt, soft_labels)
+    asked = {**to_mapping(first), **labeller.describe(), "prompts": _digest(rows)}
+    runtime = Runtime()
+    _refuse_changes(folder / "rounds.json", asked, write=runtime.is_main)
+    for number, config in _phases(first, modality, folder, rounds):
+        if runtime.is_main and not Path(config.data).exists():
+            labeller.write(Path(config.data), config, modality, rows, number)
+        runtime.barrier()
+        result = align(**{field.name: getattr(config, field.name) for field in fields(config)})
+    return result
+
+
+def _phases(
+    first: RunConfig, modality: str, folder: Path, rounds: int
+) -> Iterator[tuple[int, RunConfig]]:
+    """The rounds that are not finished, and the last one, each going on from the one before."""
+    config = first
+    for number in range(1, rounds + 1):
+        if number > 1:
+            config = replace(
+                continued(config, modality, folder / f"round-{number - 1}" / "model"),
+                data=str(folder / "answers" / f"round-{number}"),
+                run_dir=folder / f"round-{number}",
+            )
+        if number == rounds or not (folder / f"round-{number}" / "result.json").exists():
+            yield number, config
+
+
+@dataclass(frozen=True)
+class Labeller:
+    """Samples a round's answers and writes the rows that a reward or a judge makes of them.
+
+    Attributes:
+        reward, judge: one of the two.
+        samples: answers per prompt.
+        soft_labels: see `align_rounds`.
+    """
+
+    reward: Reward | None
+    judge: PreferenceJudge | None
+    samples: int
+    soft_labels: bool
+
+    def describe(self) -> dict[str, Any]:
+        """What the rows depend on, besides prompts and policy."""
+        by = self.judge if self.reward is None else self.reward
+        name = getattr(by, "__qualname__", type(by).__qualname__)
+        return {"samples": self.samples, "soft_labels": self.soft_labels, "labelled_by": name}
+
+    def write(
+        self, place: Path, config: RunConfig, modality: str, rows: Sequence[Row], number: int
+    ) -> None:
+        """Write the folder `place` of rows, all of it or nothing.
+
+        Raises:
+            DataError: if the answers to no prompt are preferred to one another.
+        """
+        answers, chat = self._sample(config, modality, rows, number)
+        name = "responses" if modality == "text" else "images"
+        lines = []
+        for index, judged in enumerate(self._judge(rows, answers)):
+            row = {**rows[index], "prompt": _as_asked(rows[index]["prompt"], chat)}
+            kept = [_name(answer, index, k) for k, answer in enumerate(answers[index])]
+            found = preference_row(row, name, kept, judged, soft_labels=self.soft_labels)
+            lines += [] if found is None else [json.dumps(found, ensure_ascii=False)]
+        if not lines:
+            raise DataError(
+                f"Round {number} has nothing to learn from: of none of the {len(rows)} prompts is "
+                "one answer preferred to another. Raise samples_per_prompt or "
+                "generation.temperature, or look at what the reward or judge says."
+            )
+        log.info("Round %d: %d of %d prompts have a preference.", number, len(lines), len(rows))
+        with atomic_folder(place) as temporary:
+            for index, given in enumerate(answers):
+                for k, answer in enumerate(given):
+                    if isinstance(answer, Image):
+                        answer.save(temporary / _name(answer, index, k))
+            (temporary / "metadata.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+    def _sample(
+        self, config: RunConfig, modality: str, rows: Sequence[Row], number: int
+    ) -> tuple[list[list[Any]], bool]:
+        """The answers to each prompt, and whether strings were put as turns of a chat."""
+        wing = build_wing(config, modality, Runtime())
+        prompts = [row["prompt"] for row in rows]
+        seed = int(generator("rounds", config.seed, number).integers(2**31))
+        given = wing.sample(prompts * self.samples, config.generation, seed=seed)
+        wing.release()
+        # An empty answer cannot be a row; so it is not judged either.
+        num = len(rows)
+        return [[a for a in given[start::num] if a != ""] for start in range(num)], wing.chat
+
+    def _judge(self, rows: Sequence[Row], answers: Sequence[Sequence[Any]]) -> list[Judged]:
+        if self.reward is not None:
+            return by_reward(self.reward, rows, answers)
+        assert self.judge is not None
+        return by_judge(self.judge, rows, answers)
+
+
+def _as_asked(prompt: Any, chat: bool) -> Any:
+    """The prompt as it was put to the policy: bare strings are a user's turn in a chat."""
+    return [{"role": "user", "content": prompt}] if chat and isinstance(prompt, str) else prompt
+
+
+def _name(answer: Any, index: int, k: int) -> str:
+    """An answer as it stands in a row: the text, or the name of a file beside the rows."""
+    return f"{index:06d}-{k}.png" if isinstance(answer, Image) else answer
+
+
+def _read_prompts(prompts: Any, columns: Mapping[str, str]) -> list[Row]:
+    if isinstance(prompts, Sequence) and not isinstance(prompts, (str, bytes)):
+        prompts = [one if isinstance(one, Mapping) else {"prompt": one} for one in prompts]
+    rows = list(read_rows(prompts, columns=columns))
+    for number, row in enumerate(rows):
+        if not row.get("prompt"):
+            raise DataError(
+                f"Rounds need rows with a prompt; row {number} has {row.get('prompt')!r}. Columns "
+                f"found: {', '.join(row) or 'none'}. Rename with data_options.columns."
+            )
+    return rows
+
+
+def _digest(rows: Sequence[Row]) -> str:
+    text = json.dumps([row["prompt"] for row in rows], ensure_ascii=False)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _reference(wanted: str, policy: str | Path, adapter: LoRA | None) -> str:
+    if wanted == "round":
+        # Of a fresh adapter off, of weights or an adapter that go on a copy: their start.
+        return "auto"
+    if wanted != "first":
+        raise ConfigError(f"reference of rounds is 'round' or 'first'; got {wanted!r}.")
+    if adapter is None:
+        return str(policy)
+    if adapter.continue_from is not None:
+        raise ConfigError(
+            "reference='first' compares every round with the policy that was handed in, and an "
+            "adapter on top of it (adapter.continue_from) is not among its files. Merge the "
+            "adapter into the policy first, or write reference='round'."
+        )
+    return "adapter_off"
+
+
+def _refuse_changes(path: Path, asked: Mapping[str, Any], *, write: bool) -> None:
+    """Keep what was asked for; raise `CheckpointError` if it was something else before."""
+    if path.exists():
+        changed = changed_keys(from_json(path.read_bytes()) or {}, asked)
+        if changed:
+            raise CheckpointError(
+                f"The rounds in {path.parent} were started with other arguments: "
+                f"{', '.join(changed)} changed. Use the earlier ones, or another run_dir."
+            )
+    elif write:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        atomic_write(path, to_json(asked, "rounds", indent=1) + "\n")
+
+
+def _check_rounds(
+    policy: Any, reward: Any, judge: Any, rounds: int, samples: int, soft_labels: bool
+) -> None:
+    if not isinstance(policy, (str, Path)):
+        raise ConfigError(
+            "The policy of rounds is a folder or hub name, since each round starts from the files "
+            f"of the one before; got {type(policy).__name__}. Save it with save_pretrained first."
+        )
+    if (reward is None) == (judge is None):
+        given = "neither" if reward is None else "both"
+        raise ConfigError(f"Answers are labelled by a reward or by a judge; got {given}.")
+    for name, value, least in (("rounds", rounds, 1), ("samples_per_prompt", samples, 2)):
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            raise ConfigError(f"{name} must be a whole number of at least {least}; got {value!r}.")
+    if soft_labels and judge is None:
+        raise ConfigError(
+            "soft_labels are the probabilities that a judge gives; a reward has none. Give a "
+            "judge, or leave soft_labels out."
+        )
