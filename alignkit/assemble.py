@@ -211,7 +211,8 @@ def _facts(
         "batch_size": config.trainer.batch_size,
         "steps": resolved["steps"],
     }
-    facts = {"name": str(policy), **wing.describe(), "adapter": repr(config.adapter)}
+    adapter = "none" if config.adapter is None else repr(config.adapter)
+    facts = {"name": str(policy), **wing.describe(), "adapter": adapter}
     return {
         "title": f"{config.method.name.upper()} on {Path(str(policy)).name or policy}",
         "modality": wing.modality,

@@ -51,7 +51,8 @@ def model_card(facts: ReportFacts, *, base: str | None, modality: str, files: It
 
     Args:
         facts: of the run.
-        base: the model that was trained: hub name or folder; None for a model handed in.
+        base: the model that was trained: hub name or folder; None for a model handed in. Of
+            absolute paths, only what lies below the working directory or the last name is told.
         modality: "text" or "image".
         files: names of the files in `model/`. They tell an adapter (`adapter_config.json`,
             `pytorch_lora_weights.safetensors`) from a full model, and a kohya-style file beside it.
@@ -96,10 +97,22 @@ def _front_matter(
     return yaml.safe_dump(front, sort_keys=False, allow_unicode=True, width=10_000)
 
 
+def _public(place: Any) -> Any:
+    """A path without what only its owner should see: cards are made to be published."""
+    path = Path(str(place))
+    if not path.is_absolute():
+        return place
+    try:
+        return str(path.relative_to(Path.cwd()))
+    except ValueError:
+        return path.name
+
+
 def _loading_code(
     facts: ReportFacts, base: str | None, modality: str, names: list[str], adapter: bool
 ) -> str:
-    folder = f"{facts.run_dir.rstrip('/')}/model" if facts.run_dir else "model"
+    folder = f"{_public(facts.run_dir).rstrip('/')}/model" if facts.run_dir else "model"
+    base = None if base is None else _public(base)
     loader = "DiffusionPipeline" if modality == "image" else "AutoModelForCausalLM"
     given = "...  # the model that was trained"
     template = {
@@ -120,7 +133,7 @@ def _has_tokenizer(names: list[str]) -> bool:
 
 
 def _base_words(base: str | None) -> str:
-    return "a model handed in by its owner" if base is None else f"`{_line(base)}`"
+    return "a model handed in by its owner" if base is None else f"`{_line(_public(base))}`"
 
 
 def _facts_table(facts: ReportFacts) -> str:
@@ -128,7 +141,7 @@ def _facts_table(facts: ReportFacts) -> str:
     convention = method.pop("beta_convention", None) or BETA_CONVENTION.get(facts.modality, "")
     rows: dict[str, str] = {}
     for prefix, mapping in (("", method), ("policy: ", facts.policy), ("data: ", facts.data)):
-        rows |= {prefix + label(key): show(value) for key, value in mapping.items()}
+        rows |= {prefix + label(key): show(_public(value)) for key, value in mapping.items()}
     if method.get("beta"):
         rows["beta"] += f" ({convention})"
     if facts.seconds is not None:

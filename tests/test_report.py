@@ -529,7 +529,25 @@ def test_model_card_of_a_local_base_names_no_hub_model(
     for base in ("runs/sft", "/abs/path", "a/b/c"):
         card = model_card(facts_of(run), base=base, modality="text", files=TEXT_FULL[:2])
         assert "base_model" not in front_matter(card)
-        assert f"AutoTokenizer.from_pretrained('{base}')" in card  # none was saved beside it
+        told = base.removeprefix("/abs/")
+        assert f"AutoTokenizer.from_pretrained('{told}')" in card  # none was saved beside it
+
+
+def test_a_card_tells_nobody_where_its_maker_keeps_things(
+    run: RunFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is pushed with the model."""
+    monkeypatch.chdir(tmp_path)
+    facts = facts_of(
+        run,
+        policy={"name": f"{tmp_path}/base"},
+        data={"source": "/home/somebody/secret/pairs.jsonl"},
+        run_dir=str(tmp_path / "runs" / "x"),
+    )
+    card = model_card(facts, base="/home/somebody/base", modality="text", files=TEXT_LORA)
+    assert "/home" not in card and str(tmp_path) not in card
+    for told in ("'runs/x/model'", "from_pretrained('base')", "| pairs.jsonl |"):
+        assert told in card, told
 
 
 def test_model_card_escapes(run: RunFolder) -> None:
