@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
@@ -27,6 +28,14 @@ def lora_config(adapter: LoRA, targets: Sequence[str] | str, **extra: Any) -> An
         use_rslora=adapter.kind == "rslora",
         **extra,
     )
+
+
+@contextmanager
+def quiet_peft() -> Iterator[None]:
+    """Without a warning of peft 0.21, which reads a property that transformers 5.23 renamed."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
+        yield
 
 
 def adapter_layers(module: nn.Module) -> list[Any]:

@@ -62,6 +62,7 @@ class Run:
         self.seconds = 0.0
         self.best = BestSoFar(config.trainer.keep_best, config.trainer.early_stop)
         self._result: AlignResult | None = None
+        self._sampled = -1
         # A run that is dropped before its loop gives back what it borrowed, too.
         weakref.finalize(self, wing.release).atexit = False
 
@@ -197,13 +198,15 @@ class Run:
         self.runtime.barrier()
 
     def _sample(self, step: int) -> None:
-        """Answer the report's prompts. Sharded weights cannot: that needs all processes."""
-        if self.folder is None or not self.prompts or self.runtime.sharding != "none":
+        """Answer the report's prompts; with sharded weights all processes must, together."""
+        if self.folder is None or not self.prompts or self._sampled == step:
             return
-        if self.writes:
+        if self.writes or self.runtime.sharding != "none":
             answers = self.wing.sample(self.prompts, self.config.generation, seed=self.config.seed)
+        if self.writes:
             texts = [self.wing.prompt_text(prompt) for prompt in self.prompts]
             self.folder.write_samples(step, texts, answers)
+        self._sampled = step
         self.runtime.barrier()
 
     def finish(self) -> AlignResult:

@@ -195,12 +195,14 @@ def _shard(module: nn.Module, mesh: Any, reshard_root: bool | None = None) -> nn
     `reshard_root`: whether the root is sharded again after its forward; None leaves it to torch,
     which keeps it whole for the backward.
     """
-    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
     units: list[nn.Module] = module.shard_units()  # type: ignore[operator]
     for unit in units:
         fully_shard(unit, mesh=mesh)
     fully_shard(module, mesh=mesh, reshard_after_forward=reshard_root)
+    if hasattr(module, "within"):
+        register_fsdp_forward_method(module, "within")
     return module
 
 

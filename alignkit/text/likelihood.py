@@ -10,8 +10,9 @@ eval mode whatever its config says.
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from jaxtyping import Bool, Float
@@ -23,6 +24,7 @@ from alignkit.protocols import Draw, Key
 from alignkit.text.content import pad_rows
 from alignkit.text.handed import base_of, evaluating
 
+Answer = TypeVar("Answer")
 EXTRAS = frozenset({"token_logps", "token_mask", "public", "alignment"})
 
 
@@ -45,6 +47,14 @@ class TextLikelihood(nn.Module):
     def shard_units(self) -> list[nn.Module]:
         """The blocks that FSDP2 shards one by one: the repeated layers of the model."""
         return repeated_layers(self.model)
+
+    def within(self, use: Callable[[nn.Module], Answer]) -> Answer:
+        """Another use of the model than its likelihood, such as sampling.
+
+        FSDP2 takes this method for a forward: inside, the model's own weights are whole, and each
+        block's are while it runs. All processes must call it alike.
+        """
+        return use(self.model)
 
     def forward(
         self, batch: Batch, draw: Draw = None, want: frozenset[str] = frozenset()

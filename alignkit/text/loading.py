@@ -10,6 +10,7 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 
+from alignkit.adapters import quiet_peft
 from alignkit.errors import ConfigError
 
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -99,9 +100,10 @@ def _whole(name: str, dtype: torch.dtype) -> Any:
 def _on_its_base(folder: Path, dtype: torch.dtype) -> tuple[Any, Any]:
     from peft import AutoPeftModelForCausalLM
 
-    model = AutoPeftModelForCausalLM.from_pretrained(
-        str(folder), is_trainable=True, dtype=dtype, use_safetensors=True, **_NO_CODE
-    )
+    with quiet_peft():
+        model = AutoPeftModelForCausalLM.from_pretrained(
+            str(folder), is_trainable=True, dtype=dtype, use_safetensors=True, **_NO_CODE
+        )
     # As peft saves them: further adapters in sub-folders of their names, here switched off.
     for file in sorted(folder.glob(f"*/{ADAPTER_CONFIG}")):
         adapter_folder(str(file.parent))

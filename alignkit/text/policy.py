@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import warnings
 from typing import Any
 
 import torch
 from torch import nn
 
-from alignkit.adapters import adapter_layers, lora_config, refuse_contradiction
+from alignkit.adapters import adapter_layers, lora_config, quiet_peft, refuse_contradiction
 from alignkit.errors import ConfigError, nearest
 from alignkit.options import LoRA
 from alignkit.text.handed import base_of
@@ -62,9 +61,7 @@ def _fresh(model: Any, adapter: LoRA) -> Any:
     transposed = any(isinstance(module, Conv1D) for module in model.modules())
     config = lora_config(adapter, targets, task_type="CAUSAL_LM", fan_in_fan_out=transposed)
     try:
-        with warnings.catch_warnings():
-            # peft 0.21 reads a property that transformers 5.23 renamed.
-            warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
+        with quiet_peft():
             return get_peft_model(model, config)
     except ValueError as error:  # layers that peft cannot adapt, such as Mamba's projections
         detach(model)
@@ -83,7 +80,8 @@ def _continued(model: Any, adapter: LoRA) -> Any:
             "adapter.continue_from must be the folder or hub name of a PEFT adapter, with "
             f"adapter_config.json; got {str(adapter.continue_from)!r}."
         )
-    model = PeftModel.from_pretrained(model, str(folder), is_trainable=True)
+    with quiet_peft():
+        model = PeftModel.from_pretrained(model, str(folder), is_trainable=True)
     refuse_contradiction(model.peft_config[model.active_adapter], adapter)
     return model
 

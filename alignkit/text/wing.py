@@ -157,8 +157,12 @@ class TextWing:
         """One answer per prompt; bare strings are wrapped as a user's turn if the data was chat."""
         ids = self._prompt_ids(prompts)
         eos = self._eos_ids()
+
+        def answers(model: Any) -> list[list[int]]:
+            return generate(model, self.tokenizer, ids, options, seed=seed, eos_ids=eos)
+
         with evaluating(self.policy), uncompiled(self.policy):
-            new = generate(self.policy, self.tokenizer, ids, options, seed=seed, eos_ids=eos)
+            new = self.module.within(answers)
         texts = [self.tokenizer.decode(one, skip_special_tokens=True).rstrip() for one in new]
         # The answer to a plain text goes on where that ends, with a blank if need be.
         return [

@@ -88,6 +88,13 @@ def test_the_saved_model_loads(world: Path, name: str) -> None:
         assert torch.equal(tensor, weights[f"policy.model.{key}"]), key
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_sharded_weights_answer_as_whole_ones(world: Path, alone: Path, name: str) -> None:
+    for step in ("step-000000.jsonl", "step-000004.jsonl"):
+        mine, theirs = (root / name / "run" / "samples" / step for root in (world, alone))
+        assert mine.read_text() == theirs.read_text() and len(mine.read_text().split()) > 8
+
+
 def test_other_optimizers_are_refused() -> None:
     """Adafactor's row and column statistics cannot be kept for shards."""
     given = {"data": pair_rows(4), "trainer": trainer(sharding="fsdp2", optimizer="adafactor")}
