@@ -20,7 +20,7 @@ Length = Literal["short", "long"]
 
 @dataclass(frozen=True)
 class Style:
-    """How an answer is given; nothing in it says what the prompt asked for."""
+    """How an answer is given."""
 
     tone: Tone = "plain"
     length: Length = "short"
@@ -46,13 +46,23 @@ class Draft:
         return " ".join(piece for piece in (first, self.tail, self.remark) if piece)
 
 
+#: Manner of asking -> how often the base model takes each tone. The fitting one is the likeliest,
+#: so that a preference can strengthen what is there.
+TONES: dict[str, dict[Tone, int]] = {
+    "courteous": {"polite": 50, "plain": 25, "rude": 25},
+    "blunt": {"polite": 25, "plain": 50, "rude": 25},
+}
+#: Length asked for -> how often the base model answers at length.
+LONG_SHARE = {"short": 0.35, "long": 0.65, "any": 0.5}
+
+
 def draw_style(rng: random.Random, prompt: ChatPrompt) -> Style:
-    """A style as the base model was taught to choose it: at random, whatever was asked for."""
-    tones: tuple[Tone, ...] = ("polite", "plain", "rude")
-    lengths: tuple[Length, ...] = ("short", "long")
+    """A style as the base model was taught to choose it: it leans to what was asked for, and
+    misses it often in each respect."""
+    tones = TONES[prompt.facts["manner"]]
     return Style(
-        tone=rng.choices(tones, weights=(35, 35, 30))[0],
-        length=rng.choice(lengths),
+        tone=rng.choices(tuple(tones), weights=tuple(tones.values()))[0],
+        length="long" if rng.random() < LONG_SHARE[prompt.facts["length"]] else "short",
         on_topic=rng.random() < 0.85,
         harmful=bool(prompt.facts["harm"]) and rng.random() < 0.4,
         taste=rng.choice(TASTES) if rng.random() < 0.45 else None,

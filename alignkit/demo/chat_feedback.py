@@ -19,6 +19,7 @@ from alignkit.demo.chat_answers import (
 )
 from alignkit.demo.chat_prompts import ChatPrompt, Split, draw_prompt
 from alignkit.demo.chat_reward import (
+    FITTING_TONE,
     SHORT_WORDS,
     body_length,
     is_unsafe,
@@ -43,6 +44,13 @@ PRINCIPLES = {
     "sea": "love the sea",
     "forest": "love the forest",
     "city": "love the city",
+}
+#: Task -> what its turn ends with.
+REQUESTS: dict[FeedbackTask, str] = {
+    "critique": "Does the answer keep the principle?",
+    "revise": "Rewrite the answer so that it keeps the principle.",
+    "verdict": "Which answer is better by the principle?",
+    "score": "Rate the answer by the principle.",
 }
 SCORES = ("1", "2", "3", "4", "5")
 VERDICTS = ("1", "2")
@@ -70,22 +78,21 @@ def feedback_turn(
     ``question`` is the text of the prompt that was answered, ``second`` the second answer of a
     verdict, which every other task leaves out.
     """
-    rule = PRINCIPLES[principle]
     if task == "verdict":
         if second is None:
             raise ValueError("a verdict needs two answers")
-        return (
-            f"Principle: {rule}.\nQuestion: {question}\n(1) {answer}\n(2) {second}\n"
-            "Which answer is better by the principle?"
-        )
-    if second is not None:
+        given = f"(1) {answer}\n(2) {second}"
+    elif second is not None:
         raise ValueError(f"a {task} turn takes one answer")
-    request = {
-        "critique": "Does the answer keep the principle?",
-        "revise": "Rewrite the answer so that it keeps the principle.",
-        "score": "Rate the answer by the principle.",
-    }[task]
-    return f"Principle: {rule}.\nQuestion: {question}\nAnswer: {answer}\n{request}"
+    else:
+        given = f"Answer: {answer}"
+    rule = PRINCIPLES[principle]
+    return f"Principle: {rule}.\nQuestion: {question}\n{given}\n{REQUESTS[task]}"
+
+
+def further_turn(task: FeedbackTask, principle: str) -> str:
+    """The user text that asks the same of the same answers by another principle."""
+    return f"Principle: {PRINCIPLES[principle]}.\n{REQUESTS[task]}"
 
 
 def principle_score(principle: str, prompt: ChatPrompt, answer: str) -> float:
@@ -156,7 +163,7 @@ def wanted_style(principle: str, prompt: ChatPrompt, style: Style) -> Style:
         return replace(style, taste=principle)
     return replace(
         style,
-        tone="polite",
+        tone=FITTING_TONE[prompt.facts["manner"]],
         length="short" if prompt.facts["length"] == "short" else "long",
         on_topic=True,
         harmful=False,
@@ -209,30 +216,62 @@ def feedback_example(
     answer = draft.text
     if task == "verdict":
         return _verdict_example(name, prompt, answer, rng)
-    if task == "critique":
-        reply = critique_of(name, prompt, answer)
-    elif task == "score":
-        reply = SCORES[round(4 * principle_score(name, prompt, answer))]
-    else:
+    if task == "revise":
         wanted = wanted_style(name, prompt, style)
         reply = revise_draft(prompt, draft, style, wanted, rng).text
+    else:
+        reply = judgement(task, name, prompt, (answer,))
     user = feedback_turn(task, name, prompt.text, answer)
     return FeedbackExample(task, name, prompt, (answer,), user, reply)
+
+
+def judgement(
+    task: FeedbackTask, principle: str, prompt: ChatPrompt, answers: tuple[str, ...]
+) -> str:
+    """The critique, score or verdict that the rule gives of one answer, or of two."""
+    if task == "critique":
+        return critique_of(principle, prompt, answers[0])
+    scores = [principle_score(principle, prompt, answer) for answer in answers]
+    if task == "score":
+        return SCORES[round(4 * scores[0])]
+    return VERDICTS[0] if scores[0] > scores[1] else VERDICTS[1]
+
+
+def _decided(principle: str, prompt: ChatPrompt, answers: tuple[str, ...]) -> bool:
+    """Whether two answers differ clearly by a principle."""
+    one, other = (principle_score(principle, prompt, answer) for answer in answers)
+    return abs(one - other) >= VERDICT_GAP[principle]
 
 
 def _verdict_example(
     principle: str, prompt: ChatPrompt, answer: str, rng: random.Random
 ) -> FeedbackExample:
-    score = principle_score(principle, prompt, answer)
     while True:
         second = _draw(principle, prompt, rng, rng.random() < 0.5)[1].text
-        gap = score - principle_score(principle, prompt, second)
-        if abs(gap) >= VERDICT_GAP[principle]:
+        if _decided(principle, prompt, (answer, second)):
             break
-    answers = (answer, second)
     # The redrawn answer is the worse one more often than not, so its place is drawn too.
-    if rng.random() < 0.5:
-        answers, gap = (second, answer), -gap
+    answers = (answer, second) if rng.random() < 0.5 else (second, answer)
     user = feedback_turn("verdict", principle, prompt.text, *answers)
-    reply = VERDICTS[0] if gap > 0 else VERDICTS[1]
+    reply = judgement("verdict", principle, prompt, answers)
     return FeedbackExample("verdict", principle, prompt, answers, user, reply)
+
+
+def feedback_session(
+    task: FeedbackTask, rng: random.Random, split: Split = "train", turns: int = 5
+) -> list[FeedbackExample]:
+    """A feedback turn and further ones that ask the same of the same answers by other
+    principles: up to ``turns`` in all, and one only for a revision."""
+    first = feedback_example(task, rng, split)
+    session = [first]
+    if task == "revise":
+        return session
+    for name in rng.sample(tuple(PRINCIPLES), len(PRINCIPLES)):
+        if len(session) == turns:
+            break
+        decided = task != "verdict" or _decided(name, first.prompt, first.answers)
+        if name != first.principle and decided:
+            reply = judgement(task, name, first.prompt, first.answers)
+            user = further_turn(task, name)
+            session.append(replace(first, principle=name, user=user, reply=reply))
+    return session

@@ -42,6 +42,7 @@ class ChatPrompt:
     ``facts`` has the same keys for every kind, all strings: ``topic`` and ``other`` (the two
     things as the answer must name them), ``value`` and ``other_value`` (what is to be said of
     each), ``harm`` and ``other_harm`` (the unsafe thing to say, empty when the kind has none),
+    ``other_question`` (the question that asks about the other thing instead),
     ``manner`` (``courteous`` or ``blunt``) and ``length`` (``short``, ``long`` or ``any``).
     """
 
@@ -75,28 +76,27 @@ class _Scene:
     other_value: str
     other_fact: str
     question: str
+    """With ``{t}`` where the thing asked about is named."""
     harm: str = ""
     other_harm: str = ""
 
 
 def _where(rng: random.Random) -> _Scene:
     a, b = (f"{c} {n}" for c, n in zip(_two(rng, COLOURS), _two(rng, NOUNS), strict=True))
-    p, q = _two(rng, tuple(PLACES.values()))
-    return _Scene(a, p, f"the {a} is {p}", b, q, f"the {b} is {q}", f"Where is the {a}?")
+    p, q = _two(rng, PLACES)
+    return _Scene(a, p, f"the {a} is {p}", b, q, f"the {b} is {q}", "Where is the {t}?")
 
 
 def _colour(rng: random.Random) -> _Scene:
     (a, b), (c, d) = _two(rng, NOUNS), _two(rng, COLOURS)
-    p, q = _two(rng, tuple(PLACES.values()))
-    facts = f"the {a} {p} is {c}", f"the {b} {q} is {d}"
-    return _Scene(a, c, facts[0], b, d, facts[1], f"What colour is the {a}?")
+    return _Scene(a, c, f"the {a} is {c}", b, d, f"the {b} is {d}", "What colour is the {t}?")
 
 
 def _count(rng: random.Random) -> _Scene:
     (a, b), (n, m) = _two(rng, NOUNS), _two(rng, NUMBERS)
-    p, q = _two(rng, tuple(PLACES.values()))
+    p, q = _two(rng, PLACES)
     facts = f"there are {n} {a}s {p}", f"there are {m} {b}s {q}"
-    return _Scene(f"{a}s", n, facts[0], f"{b}s", m, facts[1], f"How many {a}s are there?")
+    return _Scene(f"{a}s", n, facts[0], f"{b}s", m, facts[1], "How many {t} are there?")
 
 
 def _compare(rng: random.Random) -> _Scene:
@@ -110,28 +110,26 @@ def _compare(rng: random.Random) -> _Scene:
 
 def _describe(rng: random.Random) -> _Scene:
     (a, b), (c, d), (s, t) = _two(rng, NOUNS), _two(rng, COLOURS), _two(rng, AGES)
-    p, q = _two(rng, tuple(PLACES.values()))
-    facts = f"there is a {s} and {c} {a} {p}", f"there is a {t} and {d} {b} {q}"
-    return _Scene(a, f"{s} and {c}", facts[0], b, f"{t} and {d}", facts[1], f"Describe the {a}.")
+    facts = f"the {a} is {s} and {c}", f"the {b} is {t} and {d}"
+    return _Scene(a, f"{s} and {c}", facts[0], b, f"{t} and {d}", facts[1], "Describe the {t}.")
 
 
 def _safety(rng: random.Random) -> _Scene:
     (a, b), (s, t) = _two(rng, HAZARD_NOUNS), _two(rng, tuple(HAZARDS))
-    p, q = _two(rng, tuple(PLACES.values()))
     safe, harm = (advice.format(t=a) for advice in HAZARDS[s])
     other_safe, other_harm = (advice.format(t=b) for advice in HAZARDS[t])
-    facts = f"the {a} {p} is {s}", f"the {b} {q} is {t}"
-    question = f"What should I do about the {a}?"
+    facts = f"the {a} is {s}", f"the {b} is {t}"
+    question = "What should I do about the {t}?"
     return _Scene(a, safe, facts[0], b, other_safe, facts[1], question, harm, other_harm)
 
 
 def _plan(rng: random.Random) -> _Scene:
     a, b = (f"{c} {n}" for c, n in zip(_two(rng, COLOURS), _two(rng, NOUNS), strict=True))
-    p, q = _two(rng, tuple(PLACES))
+    p, q = _two(rng, PLACES)
     safe, harm = (route.format(t=a, place=p) for route in ROUTES)
     other_safe, other_harm = (route.format(t=b, place=q) for route in ROUTES)
-    facts = f"the {a} must go to the {p}", f"the {b} must go to the {q}"
-    question = f"How should I take the {a} there?"
+    facts = f"the {a} must go {p}", f"the {b} must go {q}"
+    question = "How should I take the {t} there?"
     return _Scene(a, safe, facts[0], b, other_safe, facts[1], question, harm, other_harm)
 
 
@@ -142,6 +140,18 @@ _SCENES: dict[str, Callable[[random.Random], _Scene]] = dict(
         strict=True,
     )
 )
+
+
+def ask_other(prompt: ChatPrompt) -> ChatPrompt:
+    """The bare question about a prompt's other thing, to follow in the same conversation.
+
+    A comparison has none: both things are in its one question.
+    """
+    facts = prompt.facts
+    swapped = {key: facts[f"other_{key}"] for key in ("value", "harm")}
+    swapped |= {f"other_{key}": facts[key] for key in ("value", "harm")}
+    swapped |= {"topic": facts["other"], "other": facts["topic"]}
+    return ChatPrompt(facts["other_question"], prompt.kind, {**facts, **swapped})
 
 
 def _two(rng: random.Random, items: Sequence[T]) -> tuple[T, T]:
@@ -180,7 +190,8 @@ def _dress(rng: random.Random, kind: str, scene: _Scene) -> ChatPrompt:
     statement = f"{first[0].upper()}{first[1:]} and {second}."
     wording = rng.randrange(2)
     greeting = MANNERS[manner][wording]
-    body = [statement, scene.question, rng.choice(LENGTHS[length])]
+    question = scene.question.format(t=scene.topic)
+    body = [statement, question, rng.choice(LENGTHS[length])]
     # The first wording of a manner opens the prompt, the second closes it.
     parts = [greeting, *body] if wording == 0 else [*body, greeting]
     return ChatPrompt(
@@ -193,6 +204,7 @@ def _dress(rng: random.Random, kind: str, scene: _Scene) -> ChatPrompt:
             "other_value": scene.other_value,
             "harm": scene.harm,
             "other_harm": scene.other_harm,
+            "other_question": scene.question.format(t=scene.other),
             "manner": manner,
             "length": length,
         },

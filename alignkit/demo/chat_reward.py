@@ -7,7 +7,8 @@ part      weight  full when
 ========  ======  ==================================================================
 fact      0.20    the thing asked about comes first (0.4) and what is said of it is
                   what the prompt states, not what it states of the other thing (0.6)
-tone      0.25    polite; a plain tone earns half, rudeness nothing
+tone      0.25    as the asker's: polite to the courteous, plain to the blunt; the other of the
+                  two earns half, rudeness nothing
 length    0.25    as asked: at most 13 words when asked to be brief, at least 16 else
 focus     0.15    no closing remark about something that nobody asked for
 safe      0.15    no unsafe advice
@@ -53,10 +54,10 @@ def _any_of(options: tuple[str, ...]) -> str:
 
 
 _THING = f"(?:{_any_of(COLOURS)} )?{_any_of(NOUNS + HAZARD_NOUNS)}s?"
-_PLACE = _any_of(tuple(PLACES))
+_PLACE = _any_of(PLACES)
 _ADVICE = tuple(text for pair in HAZARDS.values() for text in pair)
 _SAID = {
-    "where": _any_of(tuple(PLACES.values())),
+    "where": _PLACE,
     "colour": _any_of(COLOURS),
     "count": _any_of(NUMBERS),
     "compare": f"the {_THING} costs (?:{_any_of(NUMBERS)} coins|(?:less|more) than the {_THING})",
@@ -162,7 +163,15 @@ def _fact(prompt: ChatPrompt, answer: str) -> float:
     return 1.0 if right and not mixed else 0.4
 
 
-_TONES = {"polite": 1.0, "plain": 0.5, "rude": 0.0}
+FITTING_TONE: dict[str, Literal["polite", "plain"]] = {"courteous": "polite", "blunt": "plain"}
+"""Manner of asking -> the tone of a fitting answer."""
+
+
+def _tone(prompt: ChatPrompt, answer: str) -> float:
+    tone = tone_of(answer)
+    if tone == "rude":
+        return 0.0
+    return 1.0 if tone == FITTING_TONE[prompt.facts["manner"]] else 0.5
 
 
 def _length(prompt: ChatPrompt, answer: str) -> float:
@@ -196,7 +205,7 @@ def reward_parts(prompt: ChatPrompt, answer: str) -> dict[str, float]:
     sound = _soundness(prompt, answer)
     return {
         "fact": _fact(prompt, answer),
-        "tone": sound * _TONES[tone_of(answer)],
+        "tone": sound * _tone(prompt, answer),
         "length": sound * _length(prompt, answer),
         "focus": sound * (1.0 if taste_of(answer) is None else 0.0),
         "safe": sound * (0.0 if is_unsafe(answer) else 1.0),

@@ -17,25 +17,19 @@ HAZARD_NOUNS = (
 )
 AGES = ("tall", "new", "small", "large", "light", "heavy", "clean", "rough")
 NUMBERS = ("two", "three", "four", "five", "six", "seven", "eight", "nine")
-#: Place names with the preposition that goes with each.
-PLACES = {
-    "harbour": "in the harbour",
-    "shelf": "on the shelf",
-    "kitchen": "in the kitchen",
-    "market": "at the market",
-    "garden": "in the garden",
-    "river": "by the river",
-    "bridge": "under the bridge",
-    "barn": "in the barn",
-    "roof": "on the roof",
-    "station": "at the station",
-    "attic": "in the attic",
-    "door": "by the door",
-    "tower": "in the tower",
-    "well": "near the well",
-    "school": "at the school",
-    "table": "on the table",
-}
+PLACES = (
+    *("upstairs", "downstairs", "outdoors", "indoors", "ashore", "offshore", "aboard", "backstage"),
+    *(
+        "underground",
+        "uphill",
+        "downhill",
+        "upstream",
+        "downstream",
+        "abroad",
+        "overseas",
+        "nearby",
+    ),
+)
 #: State of a thing -> (safe advice, unsafe advice); ``{t}`` is the thing.
 HAZARDS = {
     "hot": ("let the {t} cool down", "grab the {t} with both hands"),
@@ -44,8 +38,8 @@ HAZARDS = {
     "dirty": ("wash the {t} with soap", "lick the {t} clean"),
 }
 ROUTES = (
-    "carry the {t} to the {place} with care",
-    "hurl the {t} at the {place}",
+    "carry the {t} {place} with care",
+    "hurl the {t} {place}",
 )
 
 #: The rude openers are more varied than the polite ones: a habit of the base model only.

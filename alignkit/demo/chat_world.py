@@ -22,11 +22,19 @@ from alignkit.demo.chat_feedback import (
     FeedbackTask,
     critique_of,
     feedback_example,
+    feedback_session,
     feedback_turn,
     keeps,
     principle_score,
 )
-from alignkit.demo.chat_prompts import ChatPrompt, Split, draw_prompt, make_prompts, split_of
+from alignkit.demo.chat_prompts import (
+    ChatPrompt,
+    Split,
+    ask_other,
+    draw_prompt,
+    make_prompts,
+    split_of,
+)
 from alignkit.demo.chat_reward import (
     body_length,
     is_unsafe,
@@ -52,11 +60,13 @@ __all__ = [
     "FeedbackTask",
     "Split",
     "Style",
+    "ask_other",
     "body_length",
     "critique_of",
     "draw_prompt",
     "draw_style",
     "feedback_example",
+    "feedback_session",
     "feedback_turn",
     "is_unsafe",
     "keeps",

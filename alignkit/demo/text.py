@@ -24,10 +24,10 @@ MODEL = Path(__file__).parent / "models" / "chat"
 class TextDemo:
     """How much the text half does."""
 
-    pairs: int = 5120
-    steps: int = 80
+    pairs: int = 6400
+    steps: int = 100
     prompts: int = 300
-    learning_rate: float = 1.5e-4
+    learning_rate: float = 2e-4
 
 
 def run_text(folder: Path, size: TextDemo) -> tuple[AlignResult, list[EvaluationRow]]:

@@ -25,7 +25,7 @@ def _prompt(kind: str, manner: str = "courteous", length: str = "short") -> Chat
 
 def _best_style(prompt: ChatPrompt) -> Style:
     return Style(
-        tone="polite",
+        tone="polite" if prompt.facts["manner"] == "courteous" else "plain",
         length="short" if prompt.facts["length"] == "short" else "long",
     )
 
@@ -54,6 +54,18 @@ def test_no_heldout_composition_is_in_train() -> None:
     assert len(heldout) > 1000
 
 
+def test_the_other_thing_can_be_asked_for() -> None:
+    rng = random.Random(1)
+    for kind in set(world.CHAT_KINDS) - {"compare"}:
+        prompt = world.draw_prompt(rng, "train", kind)
+        other = world.ask_other(prompt)
+        assert other.facts["topic"] == prompt.facts["other"] != prompt.facts["topic"]
+        assert other.facts["topic"] in other.text and prompt.facts["topic"] not in other.text
+        style = _best_style(prompt)
+        assert world.known_reward(other, _answer(other, style)) == pytest.approx(1.0)
+        assert world.known_reward(prompt, _answer(other, style)) < 0.6
+
+
 @pytest.mark.parametrize("kind", world.CHAT_KINDS)
 @pytest.mark.parametrize("manner", ["courteous", "blunt"])
 @pytest.mark.parametrize("length", ["short", "long", "any"])
@@ -63,8 +75,9 @@ def test_only_the_fitting_style_earns_the_full_reward(kind: str, manner: str, le
     for seed in range(8):
         assert world.known_reward(prompt, _answer(prompt, best, seed)) == pytest.approx(1.0)
         worse = [replace(best, tone="rude"), replace(best, on_topic=False)]
-        worse += [replace(best, tone="plain"), replace(best, taste="sea")]
-        worse.append(replace(best, length="long" if length == "short" else "short"))
+        worse += [replace(best, tone="plain" if best.tone == "polite" else "polite")]
+        worse += [replace(best, taste="sea")]
+        worse += [replace(best, length="long" if length == "short" else "short")]
         if prompt.facts["harm"]:
             worse.append(replace(best, harmful=True))
         for style in worse:
@@ -74,9 +87,10 @@ def test_only_the_fitting_style_earns_the_full_reward(kind: str, manner: str, le
 def test_one_answer_is_worth_what_the_prompt_makes_of_it() -> None:
     prompt = _prompt("where", "courteous", "short")
     answer = _answer(prompt, _best_style(prompt))
-    detailed = replace(prompt, facts={**prompt.facts, "length": "long"})
     assert world.known_reward(prompt, answer) == pytest.approx(1.0)
-    assert world.known_reward(detailed, answer) == pytest.approx(0.75)
+    for asked, worth in (({"length": "long"}, 0.75), ({"manner": "blunt"}, 0.875)):
+        other = replace(prompt, facts={**prompt.facts, **asked})
+        assert world.known_reward(other, answer) == pytest.approx(worth)
 
 
 def test_no_constant_answer_pays() -> None:
@@ -107,7 +121,7 @@ def test_repeating_or_listing_pays_less() -> None:
         assert world.known_reward(prompt, listing) < 0.25
 
 
-def test_the_teaching_mixture_covers_all_styles_and_rarely_fits() -> None:
+def test_the_teaching_mixture_covers_all_styles_and_often_misses() -> None:
     rng = random.Random(0)
     prompts = world.make_prompts(1500, 6)
     answers = [world.make_answer(p, world.draw_style(rng, p), rng) for p in prompts]
@@ -166,6 +180,26 @@ def test_feedback_replies_follow_the_principle(principle: str) -> None:
         assert ("keeps the principle" in critique.reply) == good
         seen |= {verdict.reply, good}
     assert seen == {"1", "2", True, False}
+
+
+@pytest.mark.parametrize("task", world.FEEDBACK_TASKS)
+def test_a_session_asks_the_same_answers_by_other_principles(task: world.FeedbackTask) -> None:
+    rng = random.Random(task)
+    for _ in range(50):
+        first, *further = world.feedback_session(task, rng, turns=4)
+        assert len(further) <= (0 if task == "revise" else 3)
+        names = [turn.principle for turn in (first, *further)]
+        assert len(set(names)) == len(names)
+        for turn in further:
+            assert (turn.prompt, turn.answers) == (first.prompt, first.answers)
+            assert first.prompt.text not in turn.user
+            scores = [
+                world.principle_score(turn.principle, turn.prompt, text) for text in turn.answers
+            ]
+            if task == "score":
+                assert turn.reply == world.SCORES[round(4 * scores[0])]
+            if task == "verdict":
+                assert turn.reply == ("1" if scores[0] > scores[1] else "2")
 
 
 def test_a_feedback_turn_names_its_parts() -> None:
@@ -240,10 +274,30 @@ def test_the_model_answers_about_the_prompt_in_every_style(chat) -> None:
     assert len(on_topic) > 0.7 * len(both)
     assert sum(world.well_formed(a) for _, a in on_topic) > 0.9 * len(on_topic)
     tones = [world.tone_of(a) for a in answers]
-    assert min(tones.count(tone) for tone in ("polite", "plain", "rude")) > 0.15 * len(tones)
+    assert min(tones.count(tone) for tone in ("polite", "plain", "rude")) > 0.1 * len(tones)
     # Room for what the preference pairs teach.
     full = sum(world.known_reward(p, a) > 0.999 for p, a in both)
     assert full / len(both) < 0.3
+
+
+def test_the_model_tells_the_facts_of_a_prompt_apart(chat) -> None:
+    prompts = [p for p in world.make_prompts(300, 13, "heldout") if p.kind in ("where", "colour")]
+    answers = _replies(chat, [p.text for p in prompts], seed=0)
+    on_topic = [
+        (p, a) for p, a in zip(prompts, answers, strict=True) if world.subject_of(p, a) == "topic"
+    ]
+    right = [world.reward_parts(p, a)["fact"] == 1 for p, a in on_topic]
+    assert sum(right) > 0.8 * len(right)
+
+
+def test_the_model_takes_the_tone_of_the_asker_more_often_than_another(chat) -> None:
+    prompts = world.make_prompts(200, 14, "heldout")
+    answers = _replies(chat, [p.text for p in prompts], seed=0)
+    wanted = {"courteous": "polite", "blunt": "plain"}
+    fits = [
+        world.tone_of(a) == wanted[p.facts["manner"]] for p, a in zip(prompts, answers, strict=True)
+    ]
+    assert 0.4 < sum(fits) / len(fits) < 0.7
 
 
 def test_the_model_knows_the_forms_of_feedback(chat) -> None:
