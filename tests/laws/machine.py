@@ -6,16 +6,21 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 from torch import Tensor
 
-from alignkit import DPO, TextOptions, TrainerOptions, build
-from alignkit.losses import PREFERENCE_LOSSES, PairLoss
+from alignkit import DPO, KTO, TextOptions, TrainerOptions, build
+from alignkit.losses import LOSSES, UNPAIRED_LOSSES, GroupLoss, Loss, UnpairedLoss
 from tests.builders import move, tiny_lm, tiny_tokenizer, token_rows
 from tests.image.conftest import make_pipeline, picture
 
 Rows = Sequence[Mapping[str, Any]]
+
+SIDES = {"text": ("chosen_ids", "rejected_ids"), "image": ("chosen", "rejected")}
+PROMPTS = ("a red circle", "a blue square", "big cat")
+TEXT = "The sky is blue and grey in the evening near the old harbour, number 7."
 
 
 @dataclass(frozen=True)
@@ -26,24 +31,52 @@ class Step:
     gradients: dict[str, Tensor]
 
 
-def text_rows(num: int = 8) -> list[dict[str, Any]]:
-    return token_rows(num)
-
-
-def image_rows(num: int = 8) -> list[dict[str, Any]]:
-    prompts = ["a red circle", "a blue square", "big cat"]
-    return [
-        {
-            "prompt": prompts[i % 3],
-            "chosen": picture(2 * i, 16, 16),
-            "rejected": picture(2 * i + 1, 16, 16),
-        }
+def rows_for(wing: str, loss: Loss, num: int = 8, *, answers: int = 3) -> list[dict[str, Any]]:
+    """Rows of the loss's kind, of uneven lengths; a ranking has so many answers."""
+    if isinstance(loss, GroupLoss):
+        return [_ranking(wing, i, answers) for i in range(num)]
+    if isinstance(loss, UnpairedLoss):
+        return [_single(wing, i) for i in range(num)]
+    scores = [{"score_chosen": 1 + 0.4 * i, "score_rejected": 0.5} for i in range(num)]
+    if wing == "text":
+        return [row | score for row, score in zip(token_rows(num), scores, strict=True)]
+    pairs = [
+        {"prompt": PROMPTS[i % 3], "chosen": _picture(2 * i), "rejected": _picture(2 * i + 1)}
         for i in range(num)
     ]
+    return [row | score for row, score in zip(pairs, scores, strict=True)]
 
 
-ROWS = {"text": text_rows, "image": image_rows}
-SIDES = {"text": ("chosen_ids", "rejected_ids"), "image": ("chosen", "rejected")}
+def _ranking(wing: str, i: int, answers: int) -> dict[str, Any]:
+    order = [[0, 1, 2], [1, 0, -1], [0, 1, 1], [1, 0, 2]][i % 4]
+    name = "responses" if wing == "text" else "images"
+    return {
+        "prompt": PROMPTS[i % 3] + " ",
+        name: [_answer(wing, 3 * i + place) for place in range(answers)],
+        "ranking": order[:answers],
+    }
+
+
+def _single(wing: str, i: int) -> dict[str, Any]:
+    name = "completion" if wing == "text" else "image"
+    return {"prompt": f"{PROMPTS[i % 3]} {i} ", name: _answer(wing, i), "label": i % 2 > 0}
+
+
+def _answer(wing: str, i: int) -> Any:
+    return _picture(i) if wing == "image" else TEXT[4 * (i % 7) : 4 * (i % 7) + 8 + 5 * (i % 8)]
+
+
+@cache
+def _picture(i: int) -> Any:
+    return picture(i, 16, 16)
+
+
+def method_for(loss: Loss, beta: float | None = None) -> DPO | KTO:
+    if loss.name in UNPAIRED_LOSSES:
+        return KTO(loss=loss.name, beta=beta)
+    return DPO(loss=loss.name, beta=beta)
+
+
 IMAGE_BETA = 20.0
 """Half errors of the tiny random pipeline differ by 0.01 to 0.1."""
 
@@ -60,14 +93,22 @@ def policies(wing: str) -> tuple[Any, Any]:
     return pipe, other
 
 
-def first_step(wing: str, row: PairLoss, rows: Rows, **trainer: Any) -> Step:
+def first_step(wing: str, loss: Loss, rows: Rows, **trainer: Any) -> Step:
     """All rows in one global batch, the policy away from its reference."""
+    method = method_for(loss, IMAGE_BETA if wing == "image" and loss.scale_free else None)
+    return first_step_of(wing, method, rows, reference=loss.needs_reference, **trainer)
+
+
+def first_step_of(
+    wing: str, method: DPO | KTO, rows: Rows, *, reference: bool = True, **trainer: Any
+) -> Step:
+    """The same for a method with options of its own."""
     policy, other = policies(wing)
     run = build(
         policy,
-        DPO(loss=row.name, beta=IMAGE_BETA if wing == "image" else None),
+        method,
         rows,
-        reference=other if row.needs_reference else "none",
+        reference=other if reference else "none",
         data_options=TextOptions(identical_pairs="keep") if wing == "text" else None,
         trainer=TrainerOptions(
             max_steps=1,
@@ -98,13 +139,11 @@ def distance(found: Step, expected: Step) -> float:
     return (apart / sum(float(b.square().sum()) for _, b in pairs)) ** 0.5
 
 
-def names(wing: str) -> list[str]:
-    """The pairwise losses that the wing trains with."""
+def losses_of(wing: str) -> list[Loss]:
+    """The losses that the wing trains with in the unit of its log-ratios."""
     return [
-        name
-        for name, row in PREFERENCE_LOSSES.items()
-        if wing in row.modalities
-        and (row.scale_free or wing == "text")
-        and not row.coupled
-        and set(row.needs) <= {"chosen_length", "rejected_length"}
+        loss
+        for loss in LOSSES.values()
+        if wing in loss.modalities
+        and (wing == "text" or loss.scale_free or loss.modalities == ("image",))
     ]

@@ -29,7 +29,7 @@ from alignkit.objectives.criterion import Criterion
 from alignkit.objectives.preference import PreferenceObjective
 from alignkit.reference import FrozenModel
 from alignkit.sources import RowSource
-from alignkit_diffusion.content import ImageContent, PromptEmbeddings
+from alignkit_diffusion.content import ImageContent, ImageDraw, PromptEmbeddings
 from alignkit_diffusion.families import Prediction
 from alignkit_diffusion.likelihood import DenoisingLikelihood, ImageBackend
 from alignkit_diffusion.memory import MemoryModel
@@ -69,6 +69,9 @@ class Gaussian:
 
     def conditioning(self, content: ImageContent, group: Tensor, device: Any) -> dict[str, Any]:
         return {}
+
+    def timestep_weights(self, kind: str) -> Tensor:
+        return self.schedule.weights(kind)
 
     def predict(
         self, unet: nn.Module, latents: Tensor, noise: Tensor, timesteps: Tensor, conditioning: Any
@@ -123,14 +126,30 @@ class ReferencePairs:
         )
 
 
+def likelihood(family: Gaussian, timestep_weighting: str = "uniform") -> DenoisingLikelihood:
+    """Of the model N(0, 1)."""
+    return DenoisingLikelihood(
+        Shift(),
+        family,
+        precision="fp32",
+        gradient_checkpointing=False,
+        timestep_weighting=timestep_weighting,
+    )
+
+
 def learnt_shift(
-    family: Gaussian, *, loss: str = "sigmoid", beta: float = 0.5, steps: int = 500
+    family: Gaussian,
+    *,
+    loss: str = "sigmoid",
+    beta: float = 0.5,
+    steps: int = 500,
+    timestep_weighting: str = "uniform",
 ) -> float:
     """The mean that `Trainer` arrives at from the reference, with the population as its batch.
 
     Averaged over the later half of the steps, since what is random in a step keeps it moving.
     """
-    module = DenoisingLikelihood(Shift(), family, precision="fp32", gradient_checkpointing=False)
+    module = likelihood(family, timestep_weighting)
     backend = ImageBackend(module, family, MemoryModel(1.0, 0, torch.device("cpu")))
     pairs = ReferencePairs()
     objective = PreferenceObjective(
@@ -147,3 +166,30 @@ def learnt_shift(
     )
     means = [module.unet.mean.item() for _ in Trainer(objective, source, options).steps()]
     return float(np.mean(means[steps // 2 :]))
+
+
+def elbo(family: Gaussian, x: float, mean: float) -> float:
+    """Mean of the log-likelihood of x under N(mean, 1) over all timesteps and noises.
+
+    Errors are squares of the noise, for which three Gauss-Hermite nodes are exact.
+    """
+    module = likelihood(family, "nats")
+    nn.init.constant_(module.unet.mean, mean)  # type: ignore[arg-type]
+    nodes, weights = hermegauss(3)
+    timesteps = torch.arange(family.num_timesteps).repeat(3)
+    noise = torch.tensor(nodes).float().repeat_interleave(family.num_timesteps)
+    num = len(timesteps)
+    batch = Batch(
+        content=ImageContent(
+            latents=tuple(torch.full((num, 1, 1, 1), x)),
+            geometry=torch.zeros(num, 6),
+            prompts=PromptEmbeddings(torch.zeros(num, 1, 1)),
+        ),
+        group=torch.arange(num),
+        rank=torch.zeros(num, dtype=torch.int64),
+        position=torch.arange(num),
+        row_id=torch.arange(num),
+    )
+    with torch.no_grad():
+        total = module(batch, ImageDraw(timesteps, tuple(noise.view(-1, 1, 1, 1)))).total
+    return float(total.view(3, -1).double().mean(1).numpy() @ weights / weights.sum())

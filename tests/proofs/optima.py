@@ -7,7 +7,7 @@ Nothing here comes from the code under test.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from scipy.optimize import brentq, minimize
@@ -28,6 +28,13 @@ def beats(r: Vector) -> Vector:
 def wins(mu: Vector, r: Vector) -> Vector:
     """(A,) the probability that an answer beats one of the reference's, a tie counting one half."""
     return beats(r) @ mu
+
+
+def plackett_luce(r: Vector, order: Sequence[int]) -> float:
+    """The probability of an order, best first: choices from what is left, in proportion to e^r."""
+    return float(
+        np.prod([np.exp(r[i] - logsumexp(r[list(order[k:])])) for k, i in enumerate(order)])
+    )
 
 
 def tilted(mu: Vector, scores: Vector) -> Vector:

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from alignkit_diffusion.schedule import Schedule
 from tests.ledger import Ledger
-from tests.proofs.gaussian import Gaussian, learnt_shift
+from tests.proofs.gaussian import Gaussian, elbo, learnt_shift
 
 BETA = 0.5
 ABAR = np.cumprod(1 - np.linspace(1e-4, 0.02, 1000))
@@ -43,6 +43,16 @@ def nats(abar: Tensor) -> Tensor:
 
 def constant(abar: Tensor) -> Tensor:
     return torch.full_like(abar, 8.0)
+
+
+def weights(kind: str) -> np.ndarray:
+    """By timestep, up to a factor: min-SNR (Hang et al. 2023) at 5, or the ELBO's own weights
+    (Ho et al. 2020), exact as "nats" and held below the tenth as "elbo"."""
+    snr = ABAR / (1 - ABAR)
+    if kind == "min_snr":
+        return np.minimum(snr, 5) / snr
+    exact = np.r_[0, (snr[:-1] / snr[1:] - 1) / 2]
+    return exact if kind == "nats" else np.r_[np.full(10, exact[10]), exact[10:]]
 
 
 def minus_log_sigmoid(logit: np.ndarray) -> np.ndarray:
@@ -88,6 +98,7 @@ class Case:
         expected: the shift.
         exact: whether nothing in a step is random that the loss could see.
         loss: the name of the loss.
+        weighting: of the timesteps, on top of the family's.
     """
 
     name: str
@@ -96,6 +107,7 @@ class Case:
     expected: Callable[[], float]
     exact: bool
     loss: str = "sigmoid"
+    weighting: str = "uniform"
 
 
 CASES = [
@@ -143,6 +155,27 @@ CASES = [
         lambda: population_shift(8 * BETA * ABAR * (1 - ABAR)),
         exact=False,
     ),
+    *(
+        Case(
+            f"diffusion-dpo, {name}",
+            "all timesteps, constant weight 8 and the weighting's of mean 1",
+            Gaussian(all_timesteps(), constant),
+            lambda name=name: population_shift(
+                8 * BETA * weights(name) / weights(name).mean() * ABAR * (1 - ABAR)
+            ),
+            exact=False,
+            weighting=name,
+        )
+        for name in ("min_snr", "elbo")
+    ),
+    Case(
+        "diffusion-dpo, nats",
+        "one timestep of the ELBO in nats: logit 2 T w beta abar (1 - abar) m D",
+        Gaussian(all_timesteps(), torch.ones_like),
+        lambda: population_shift(2 * 1000 * weights("nats") * BETA * ABAR * (1 - ABAR)),
+        exact=False,
+        weighting="nats",
+    ),
 ]
 
 
@@ -160,8 +193,38 @@ def test_trainer_reaches_the_population_shift(case: Case, ledger: Ledger) -> Non
     ledger.check(
         case.name,
         case.claim,
-        got=learnt_shift(case.family, loss=case.loss, beta=BETA, steps=300 if case.exact else 500),
+        got=learnt_shift(
+            case.family,
+            loss=case.loss,
+            beta=BETA,
+            steps=300 if case.exact else 500,
+            timestep_weighting=case.weighting,
+        ),
         expected=case.expected(),
         tolerance=1e-3 if case.exact else 0.02,
+        measure="relative",
+    )
+
+
+@pytest.mark.parametrize(("x", "mean", "density"), [(0.7, 0.5, 0.225), (-1.2, 1.0, -1.7)])
+def test_the_likelihood_in_nats_is_that_of_the_density(
+    x: float, mean: float, density: float, ledger: Ledger
+) -> None:
+    """ln N(x; mean, 1) - ln N(x; 0, 1), but for the steps that the ELBO makes of the path."""
+    assert mean * x - mean**2 / 2 == pytest.approx(density)
+    family = Gaussian(all_timesteps(), torch.ones_like)
+    spread = 1 - ABAR
+    # E (noise - prediction)^2 - that of mean 0, by hand: a^2 s^2 [(x - mean)^2 - x^2].
+    by_hand = -(weights("nats") * spread * ABAR * ((x - mean) ** 2 - x**2)).sum()
+    found = elbo(family, x, mean) - elbo(family, x, 0.0)
+    claim = f"log-ratio at x = {x}, mean {mean} against 0"
+    name = "elbo in nats"
+    ledger.check(name, f"{claim}: the sum", got=found, expected=by_hand, tolerance=1e-5)
+    ledger.check(
+        name,
+        f"{claim}: that of the density, but for a thousand steps",
+        got=found,
+        expected=density,
+        tolerance=0.01,
         measure="relative",
     )

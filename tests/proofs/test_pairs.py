@@ -1,9 +1,9 @@
-"""Whole-policy optima through `align()`: a tabular language model on the exact preferences."""
+"""Whole-policy optima of pairwise losses through `align()`, on the exact preferences."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from itertools import product
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,39 +12,30 @@ import pytest
 from scipy.special import log_expit
 from transformers import AutoModelForCausalLM
 
-from alignkit import (
-    DPO,
-    AlignResult,
-    GenerationOptions,
-    SyncedReference,
-    TextOptions,
-    TrainerOptions,
-    align,
-)
+from alignkit import DPO, GenerationOptions, SyncedReference
 from tests.ledger import Ledger
 from tests.proofs.optima import (
     Formula,
     Optimum,
     Vector,
-    beats,
     minimised,
+    of_divergence,
     per_token,
     tilted,
     wins,
 )
-from tests.proofs.tabular import TabularLM, probabilities_of, tabular_lm
+from tests.proofs.world import (
+    ANSWERS,
+    TOKENS,
+    WORLD,
+    check_optimum,
+    hard_pairs,
+    pairs,
+    policy,
+    train,
+)
 
-ANSWERS = ["ash", "birch", "red cedar", "red oak"]
-WORLD = {
-    "north ": (np.array([0.1, 0.4, 0.3, 0.2]), np.array([1.0, 0, -1, 0.5])),
-    "south ": (np.array([0.25, 0.15, 0.2, 0.4]), np.array([-0.5, 1.2, 0.3, 0])),
-}
-"""Prompt -> reference probabilities and rewards of the answers."""
-
-
-TOKENS = np.array([2, 2, 3, 3])
-"""Of each answer, its closing eos among them."""
-B, TOLERANCE = 0.5, 1e-3
+B = 0.5
 
 
 def L(x: Any) -> Any:
@@ -72,6 +63,14 @@ class Case:
     flipped: float = 0.0
     reference: bool = True
 
+    def search(self, mu: Vector, r: Vector) -> Vector:
+        """The minimum of the formula's expectation."""
+        return minimised(self.loss, mu, r, flipped=self.flipped, reference=self.reference)
+
+
+def kl_optimum(mu: Vector, r: Vector) -> Vector:
+    return tilted(mu, r / B)
+
 
 KL_OPTIMUM = "mu exp(r / beta), the optimum of E[r] - beta KL"
 CASES = [
@@ -79,14 +78,14 @@ CASES = [
         "sigmoid",
         KL_OPTIMUM,
         DPO(beta=B),
-        lambda mu, r: tilted(mu, r / B),
+        kl_optimum,
         lambda w, ell: L(B * (w - ell)),
     ),
     Case(
         "robust",
         f"{KL_OPTIMUM}, though a tenth of the labels is wrong",
         DPO(loss="robust", beta=B, label_smoothing=0.1),
-        lambda mu, r: tilted(mu, r / B),
+        kl_optimum,
         lambda w, ell: (0.9 * L(B * (w - ell)) - 0.1 * L(B * (ell - w))) / 0.8,
         flipped=0.1,
     ),
@@ -141,6 +140,27 @@ CASES = [
         lambda w, ell: L(2 * (per_answer(w, 0) - per_answer(ell, 1))),
         reference=False,
     ),
+    Case(
+        "sigmoid, forward KL",
+        "mu beta / (c - r), the optimum of E[r] - beta KL(mu | policy)",
+        DPO(beta=B, divergence="forward_kl"),
+        of_divergence(lambda x: -1 / x, 0.0, B),
+        lambda w, ell: L(B * (np.exp(-ell) - np.exp(-w))),
+    ),
+    Case(
+        "sigmoid, Jensen-Shannon",
+        "mu v / (1 - v), v = exp((r - c) / beta) / 2",
+        DPO(beta=B, divergence="js_divergence"),
+        of_divergence(lambda x: np.exp(x) / (2 - np.exp(x)), np.log(2), B),
+        lambda w, ell: L(B * (L(ell) - L(w))),
+    ),
+    Case(
+        "sigmoid, alpha 0.4",
+        "mu (1 - 0.4 (r - c) / beta)^(-1 / 0.4)",
+        DPO(beta=B, divergence="alpha", divergence_alpha=0.4),
+        of_divergence(lambda x: (1 - 0.4 * x) ** (-1 / 0.4), 1 / 0.4, B),
+        lambda w, ell: L(B * (np.exp(-0.4 * ell) - np.exp(-0.4 * w)) / 0.4),
+    ),
 ]
 
 
@@ -149,75 +169,36 @@ def per_answer(log_ratio: Vector, axis: int) -> Vector:
     return log_ratio / (TOKENS[:, None] if axis == 0 else TOKENS)
 
 
-def by_probability(flipped: float = 0.0) -> list[dict[str, Any]]:
-    """Every ordered pair once, with the probability that its label says the first is better."""
-    return [
-        {
-            "prompt": prompt,
-            "chosen": ANSWERS[i],
-            "rejected": ANSWERS[j],
-            "weight": mu[i] * mu[j],
-            "p_chosen": flipped + (1 - 2 * flipped) * beats(r)[i, j],
-        }
-        for prompt, (mu, r) in WORLD.items()
-        for i, j in product(range(len(ANSWERS)), repeat=2)
-    ]
-
-
-def by_weight() -> list[dict[str, Any]]:
-    """The same preferences as hard labels: each order as heavy as it is likely."""
-    return [
-        {key: value for key, value in row.items() if key != "p_chosen"}
-        | {"weight": row["weight"] * row["p_chosen"]}
-        for row in by_probability()
-    ]
-
-
-def policy() -> tuple[TabularLM, Any]:
-    prompts = [prompt.strip() for prompt in WORLD]
-    return tabular_lm(prompts, ANSWERS, [mu.tolist() for mu, _ in WORLD.values()])
-
-
-def train(
-    policy: Any,
-    method: DPO,
-    rows: list[dict[str, Any]],
-    *,
-    steps: int = 250,
-    schedule: Any = "linear",
-    **more: Any,
-) -> AlignResult:
-    """Whole batches, so that nothing is left to chance."""
-    trainer = TrainerOptions(
-        max_steps=steps,
-        batch_size=len(rows),
-        learning_rate=0.1,
-        schedule=schedule,
-        warmup=0,
-        precision="fp32",
-        log_every=steps,
-    )
-    keep = TextOptions(identical_pairs="keep")
-    return align(policy, method, rows, data_options=keep, trainer=trainer, **more)
-
-
-def check_optimum(ledger: Ledger, case: Case, found: TabularLM) -> None:
-    probabilities = probabilities_of(found)
-    for got, (prompt, world) in zip(probabilities, WORLD.items(), strict=True):
-        ledger.check(
-            case.name,
-            f"{case.claim}, after {prompt.strip()!r}",
-            got=got,
-            expected=case.optimum(*world),
-            tolerance=TOLERANCE,
-            measure="total variation",
-        )
+SEARCHED: list[tuple[str, DPO, Callable[[Vector], Formula]]] = [
+    ("bco_pair", DPO(loss="bco_pair", beta=B), lambda mu: lambda w, ell: L(B * w) + L(-B * ell)),
+    (
+        "sppo_hard",
+        DPO(loss="sppo_hard", beta=B),
+        lambda mu: lambda w, ell: (w - 1) ** 2 + (ell + 1) ** 2,
+    ),
+    (
+        "cal_dpo",
+        DPO(loss="cal_dpo", beta=B),
+        lambda mu: lambda w, ell: L(w - ell) + (w - 1) ** 2 + (ell + 1) ** 2,
+    ),
+    (
+        "0.8 sigmoid + 0.2 bco_pair",
+        DPO(loss={"sigmoid": 0.8, "bco_pair": 0.2}, beta=B),
+        lambda mu: lambda w, ell: 0.8 * L(B * (w - ell)) + 0.2 * (L(B * w) + L(-B * ell)),
+    ),
+    (
+        "sigmoid, anchor 0.3",
+        DPO(beta=B, anchor=0.3),
+        lambda mu: lambda w, ell: L(B * (w - ell)) - 0.3 * per_answer(w + np.log(mu)[:, None], 0),
+    ),
+]
+"""Method -> the formula of its loss, given the reference: optima without a closed form."""
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_the_closed_form_is_the_minimum_of_the_formula(case: Case) -> None:
     for world in WORLD.values():
-        searched = minimised(case.loss, *world, flipped=case.flipped, reference=case.reference)
+        searched = case.search(*world)
         assert abs(searched - case.optimum(*world)).sum() / 2 < 1e-5
         assert abs(searched - world[0]).sum() / 2 > 0.05, "not where it starts"
 
@@ -225,34 +206,38 @@ def test_the_closed_form_is_the_minimum_of_the_formula(case: Case) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_align_reaches_the_optimum(case: Case, ledger: Ledger) -> None:
-    check_optimum(ledger, case, train(policy(), case.method, by_probability(case.flipped)).model)
+    found = train(policy(), case.method, pairs(case.flipped)).model
+    check_optimum(ledger, case.name, case.claim, case.optimum, found)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "method", "formula"), SEARCHED, ids=[s[0] for s in SEARCHED])
+def test_align_reaches_the_minimum(
+    name: str, method: DPO, formula: Callable[[Vector], Formula], ledger: Ledger
+) -> None:
+    found = train(policy(), method, pairs()).model
+    claim = "minimum of the expected loss"
+    check_optimum(ledger, name, claim, lambda mu, r: minimised(formula(mu), mu, r), found)
 
 
 def test_hard_labels_of_both_orders_are_the_same_preferences(ledger: Ledger) -> None:
-    case = replace(CASES[0], name="dpo, hard labels")
-    check_optimum(ledger, case, train(policy(), case.method, by_weight()).model)
+    found = train(policy(), DPO(beta=B), hard_pairs()).model
+    check_optimum(ledger, "sigmoid, hard labels", KL_OPTIMUM, kl_optimum, found)
 
 
 @pytest.mark.slow
 def test_rounds_of_a_synced_reference_add_up(ledger: Ledger) -> None:
     """Each round ends at the reference of the next, times exp(r / beta) once more."""
-    rounds, every, beta = 2, 200, 1.0
-    case = replace(
-        CASES[0],
-        name="sigmoid, TR-DPO",
-        claim=f"mu exp({rounds} r / beta) after {rounds} hard syncs",
-        method=DPO(beta=beta),
-        optimum=lambda mu, r: tilted(mu, rounds * r / beta),
-    )
     found = train(
         policy(),
-        case.method,
-        by_probability(),
-        steps=rounds * every,
+        DPO(beta=1.5),
+        pairs(),
+        steps=600,
         schedule="constant",
-        reference=SyncedReference(every=every),
-    )
-    check_optimum(ledger, case, found.model)
+        reference=SyncedReference(every=200),
+    ).model
+    claim = "mu exp(3 r / beta) after 3 hard syncs"
+    check_optimum(ledger, "sigmoid, TR-DPO", claim, lambda mu, r: tilted(mu, 3 * r / 1.5), found)
 
 
 @pytest.mark.slow
@@ -262,11 +247,11 @@ def test_from_a_folder_into_a_folder(ledger: Ledger, tmp_path: Path) -> None:
         part.save_pretrained(tmp_path / "base")
     result = train(
         str(tmp_path / "base"),
-        CASES[0].method,
-        by_probability(),
+        DPO(beta=B),
+        pairs(),
         run_dir=tmp_path / "run",
         generation=GenerationOptions(max_new_tokens=4),
     )
     assert set(result.sample(list(WORLD) * 8)) <= set(ANSWERS)
     saved = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "model")
-    check_optimum(ledger, replace(CASES[0], name="dpo, folders"), saved)
+    check_optimum(ledger, "sigmoid, folders", KL_OPTIMUM, kl_optimum, saved)
