@@ -22,9 +22,10 @@ from alignkit.api import align
 from alignkit.assemble import continued
 from alignkit.atomic import atomic_folder, atomic_write
 from alignkit.config import RunConfig, changed_keys, check, to_mapping
+from alignkit.criteria import criterion_of
 from alignkit.draws import generator
 from alignkit.errors import CheckpointError, ConfigError, DataError
-from alignkit.methods import DPO
+from alignkit.methods import Method
 from alignkit.options import GenerationOptions, ImageOptions, LoRA, TextOptions, TrainerOptions
 from alignkit.parts import build_wing, modality_of
 from alignkit.preferences import Judged, by_judge, by_reward, preference_row
@@ -39,7 +40,7 @@ log = logging.getLogger("alignkit")
 
 def align_rounds(
     policy: str | Path,
-    method: DPO,
+    method: Method,
     prompts: Any,
     *,
     run_dir: str | Path,
@@ -109,6 +110,11 @@ def align_rounds(
         seed=seed,
     )
     check(first, modality)
+    if criterion_of(method, modality).kind.rows == "unpaired":
+        raise ConfigError(
+            f"Rounds prefer answers to one another, and {type(method).__name__} reads single "
+            "labelled ones. Take DPO() with a loss of pairs or rankings."
+        )
     rows = _read_prompts(prompts, {} if data_options is None else data_options.columns)
     labeller = Labeller(reward, judge, samples_per_prompt, soft_labels)
     asked = {**to_mapping(first), **labeller.describe(), "prompts": _digest(rows)}

@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 
 from alignkit import (
     DPO,
+    KTO,
     CheckpointError,
     ConfigError,
     DataError,
@@ -183,6 +184,31 @@ def test_an_adapter_goes_on_from_round_to_round(policy: Path, tmp_path: Path) ->
 
 
 @pytest.mark.slow
+def test_rankings_and_offsets_take_the_same_answers(policy: Path, tmp_path: Path) -> None:
+    for method in (DPO(loss="plackett_luce"), DPO(loss="odpo")):
+        folder = tmp_path / str(method.loss)
+        run(policy, folder, method=method, rounds=1)
+        loss, num = metrics_of(folder, 1)[0]["loss"], len(rows_of(folder, 1))
+        assert num == SHORT.batch_size, "the first batch is the whole data"
+        if method.loss == "odpo":  # policy = reference: L(-ln of the gap)
+            gaps = [row["score_chosen"] - row["score_rejected"] for row in rows_of(folder, 1)]
+            values = [math.log1p(gap) for gap in gaps]
+        else:
+            values = [orders(row["scores"]) for row in rows_of(folder, 1)]
+        assert loss == pytest.approx(sum(values) / num, rel=1e-6), method
+
+
+def orders(scores: list[float]) -> float:
+    """Plackett-Luce at equal odds: sum over blocks from the top of ln(left / block)."""
+    left, total = len(scores), 0.0
+    for score in sorted(set(scores), reverse=True):
+        block = scores.count(score)
+        total += math.log(left / block)
+        left -= block
+    return total
+
+
+@pytest.mark.slow
 def test_a_judge_labels_and_its_probabilities_may_be_kept(policy: Path, tmp_path: Path) -> None:
     def judge(prompts: Any, a: Any, b: Any, rows: Any) -> list[float]:
         assert {row["prompt"] for row in rows} == set(prompts)
@@ -246,12 +272,13 @@ def test_rounds_that_were_asked_for_otherwise(
         ({"reference": "frozen"}, "'round' or 'first'"),
         ({"reference": "first", "adapter": LoRA(continue_from="x")}, "Merge the adapter"),
         ({"policy": (1, 2)}, "a folder or hub name.*got tuple"),
+        ({"method": KTO()}, "KTO reads single labelled ones"),
     ],
 )
 def test_what_cannot_be_asked_for(change: Any, words: str, policy: Path, tmp_path: Path) -> None:
-    given = {"policy": policy, "reward": Letters(), **change}
+    given = {"policy": policy, "method": DPO(), "reward": Letters(), **change}
     with pytest.raises(ConfigError, match=words):
-        align_rounds(given.pop("policy"), DPO(), PROMPTS, run_dir=tmp_path / "run", **given)
+        align_rounds(prompts=PROMPTS, run_dir=tmp_path / "run", **given)
     assert not (tmp_path / "run").exists()
 
 
