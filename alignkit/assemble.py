@@ -172,22 +172,23 @@ def _sources(
 ) -> tuple[RowSource, dict[str, RowSource]]:
     """The rows to train on, and the held-out sets by name."""
 
-    def source(data: Any, epochs: float | None, shuffle: bool) -> RowSource:
+    def source(data: Any, epochs: float | None, *, training: bool) -> RowSource:
         rows = objective.criterion.kind.rows
+        read = options if training else options.held_out()
         return RowSource(
-            wing.examples(data, options, kind=rows, seed=config.seed),
+            wing.examples(data, read, kind=rows, seed=config.seed),
             batch_size=config.trainer.batch_size,
             epochs=epochs,
             seed=config.seed,
             processes=runtime,
-            shuffle=shuffle,
+            shuffle=training,
             mismatched="kl" in objective.criterion.loss.needs,
         )
 
-    training = source(config.data, config.trainer.epochs, shuffle=True)
+    training = source(config.data, config.trainer.epochs, training=True)
     sets = {} if config.eval_data is None else config.eval_data
     named = sets if isinstance(sets, Mapping) else {"": sets}
-    return training, {name: source(data, 1, shuffle=False) for name, data in named.items()}
+    return training, {name: source(data, 1, training=False) for name, data in named.items()}
 
 
 def _sample_prompts(config: RunConfig, wing: Wing, options: Any) -> list[Any]:

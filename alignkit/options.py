@@ -7,7 +7,7 @@ by itself when it is made; combinations are checked in `alignkit.config`, before
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Literal
 
@@ -137,20 +137,25 @@ class TextOptions:
         positive("data_options", max_length=self.max_length)
         object.__setattr__(self, "columns", MappingProxyType(dict(self.columns)))
 
+    def held_out(self) -> TextOptions:
+        """The options of rows that are evaluated: the same."""
+        return self
+
 
 @dataclass(frozen=True, kw_only=True)
 class ImageOptions:
     """How image rows are read.
 
     Attributes:
-        resolution: pixels of the square that an image is resized (short side) and cropped to.
+        resolution: pixels of the square that an image is resized (short side) and cropped to; None
+            is the size that the UNet was trained for, 1024 for SDXL.
         ties: Pick-a-Pic rows without a winner: dropped, kept with p_chosen one half, or refused.
         crop, flip, caption_dropout: drawn per row from (seed, epoch, row id), the same for both
-            sides of a pair.
+            sides of a pair. Held-out rows are centred, unflipped and keep their captions.
         columns: our column name -> the data's.
     """
 
-    resolution: int = 1024
+    resolution: int | None = None
     ties: Literal["drop", "half", "error"] = "drop"
     identical_pairs: Identical = "skip"
     crop: Literal["center", "random"] = "center"
@@ -163,6 +168,10 @@ class ImageOptions:
         positive("data_options", resolution=self.resolution)
         share("data_options", caption_dropout=self.caption_dropout)
         object.__setattr__(self, "columns", MappingProxyType(dict(self.columns)))
+
+    def held_out(self) -> ImageOptions:
+        """The options of rows that are evaluated, without augmentation."""
+        return replace(self, crop="center", flip=False, caption_dropout=0.0)
 
 
 @dataclass(frozen=True, kw_only=True)

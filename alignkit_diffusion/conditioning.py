@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
+from alignkit.errors import DataError
 from alignkit_diffusion.content import PromptEmbeddings
 from alignkit_diffusion.families import Family
 
@@ -43,6 +44,7 @@ class PromptTable:
             for start in tqdm(starts, desc="Encoding prompts", leave=False, disable=None):
                 chunk = unique[start : start + PROMPTS_PER_CALL]
                 parts.append(_on_cpu(family.encode_prompts(pipe, chunk, device)))
+                _refuse_not_finite(parts[-1], chunk)
         parts[0] = _on_cpu(parts[0])
         pooled = [part.pooled for part in parts if part.pooled is not None]
         self._table = PromptEmbeddings(
@@ -62,6 +64,18 @@ class PromptTable:
 def _on_cpu(embeddings: PromptEmbeddings) -> PromptEmbeddings:
     pooled = embeddings.pooled
     return PromptEmbeddings(embeddings.hidden.cpu(), None if pooled is None else pooled.cpu())
+
+
+def _refuse_not_finite(embeddings: PromptEmbeddings, prompts: Sequence[str]) -> None:
+    finite = embeddings.hidden.isfinite().all(dim=(1, 2))
+    if embeddings.pooled is not None:
+        finite &= embeddings.pooled.isfinite().all(dim=1)
+    if not bool(finite.all()):
+        prompt = prompts[finite.tolist().index(False)]
+        raise DataError(
+            f"Prompt embeddings must be finite; {prompt!r} gave NaN or infinity. Look at the "
+            "weights of the pipeline's text encoders, and at the precision they are in."
+        )
 
 
 def text_encoders(pipe: Any) -> list[nn.Module]:

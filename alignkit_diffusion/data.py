@@ -164,6 +164,7 @@ def augment(options: ImageOptions, seed: int, epoch: int, row: int) -> Augmentat
 
 def place(picture: Picture, options: ImageOptions, augmentation: Augmentation) -> Placement:
     """How an image becomes a square of the run's resolution, from its own size."""
+    assert options.resolution is not None
     return Placement.of(picture.height, picture.width, options.resolution, augmentation)
 
 

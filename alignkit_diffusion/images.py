@@ -76,6 +76,12 @@ def _open(source: Any, folder: Path | None) -> tuple[Image.Image, str]:
         raise BadRow("no image", f"an image is a path, bytes or a PIL image; got {shown}")
     try:
         return Image.open(source), name
+    except Image.DecompressionBombError as error:
+        raise BadRow(
+            "over-large image",
+            f"{name}: {error} Make it smaller, or raise PIL.Image.MAX_IMAGE_PIXELS if you trust "
+            "where it comes from.",
+        ) from error
     except Exception as error:
         raise BadRow("unreadable image", f"{name} is not an image: {error}") from error
 

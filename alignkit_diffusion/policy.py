@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -107,11 +108,15 @@ def _load(name: str, dtype: torch.dtype) -> tuple[Any, Any]:
     check_class(str(index.get("_class_name")), repr(name))
     try:
         pipe = DiffusionPipeline.from_pretrained(
-            name, dtype={"vae": torch.float32, "default": dtype}, use_safetensors=True
+            name,
+            dtype={"vae": torch.float32, "default": dtype},
+            use_safetensors=True,
+            variant=_variant(Path(name)),
         )
     except Exception as error:  # missing and broken weights have no common class
         raise ConfigError(
-            f"The pipeline {name!r} must load from .safetensors files: {error}"
+            f"The pipeline {name!r} must load from .safetensors files: {error} Where there are "
+            "others, write such ones with pipe.save_pretrained(folder)."
         ) from error
     vae = pipe.vae
     if dtype != torch.float32:
@@ -121,6 +126,15 @@ def _load(name: str, dtype: torch.dtype) -> tuple[Any, Any]:
         if isinstance(part, nn.Module):
             part.requires_grad_(False)
     return pipe, vae
+
+
+def _variant(folder: Path) -> str | None:
+    """The one variant, such as "fp16", that a local folder holds the UNet in; None for the plain
+    files, where they are there."""
+    pattern = re.compile(r"diffusion_pytorch_model(\.[\w-]+?)?(-\d+-of-\d+)?\.safetensors")
+    names = [path.name for path in (folder / "unet").glob("*.safetensors")]
+    found = {match[1] for name in names if (match := pattern.fullmatch(name))}
+    return next(iter(found)).removeprefix(".") if len(found) == 1 and None not in found else None
 
 
 def _refuse_hooks(pipe: Any) -> None:

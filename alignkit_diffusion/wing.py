@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +75,7 @@ def build(
         loaded.give_back()
         raise
     if beside is not None:
+        _refuse_incomparable(loaded, beside)
         unet.requires_grad_(False)
         timestep_weighting = getattr(beside, "timestep_weighting", timestep_weighting)
     elif whole:
@@ -89,6 +91,18 @@ def build(
         timestep_weighting=timestep_weighting,
         added=adapter is not None,
     )
+
+
+def _refuse_incomparable(reference: Policy, policy: Wing) -> None:
+    assert isinstance(policy, ImageWing)
+    unet = policy.policy.unet
+    found = policy._family.differences(unet, reference.family, reference.pipe.unet)
+    if found:
+        raise ConfigError(
+            "Policy and reference denoise the same noised latents under the same prompts, so they "
+            f"must agree in what they take and predict; they have {', '.join(found)}. Give a "
+            "reference of the policy's own lineage."
+        )
 
 
 def _give_adapter(unet: Any, adapter: LoRA, seed: int) -> None:
@@ -147,6 +161,7 @@ class ImageWing:
         self._unit = factor_of(loaded.pipe, factor)
         side = min(native_size(loaded.pipe, factor))
         self.default_options = ImageOptions(resolution=side)
+        self._resolution: int | None = side
         self._folding = Folding(loaded.pipe.unet)
         self._module, self.backend = self._likelihood(side // factor, gradient_checkpointing)
 
@@ -199,6 +214,7 @@ class ImageWing:
         """
         options = self._checked(options)
         check_kind(kind)
+        self._resolution = options.resolution
         return prepare_examples(
             data,
             options,
@@ -258,7 +274,7 @@ class ImageWing:
             "precision": self.precision,
             "adapter": self.adapter,
             "gradient_checkpointing": self._module.gradient_checkpointing,
-            "resolution": self.default_options.resolution,
+            "resolution": self._resolution,
             "log_ratio_unit": NATS if self.timestep_weighting == "nats" else UNIT,
             "timestep_weighting": self.timestep_weighting,
             **self._family.describe(),
@@ -289,11 +305,14 @@ class ImageWing:
 
     def _checked(self, options: ImageOptions | None) -> ImageOptions:
         options = self.default_options if options is None else options
-        if options.resolution % self._unit:
-            nearest = max(self._unit, round(options.resolution / self._unit) * self._unit)
+        native, asked = self.default_options.resolution, options.resolution
+        if asked is None:
+            return replace(options, resolution=native)
+        if asked % self._unit:
+            nearest = max(self._unit, round(asked / self._unit) * self._unit)
             raise ConfigError(
                 f"data_options.resolution must be a multiple of {self._unit} pixels for this "
-                f"pipeline (VAE times UNet levels); got {options.resolution}. Take {nearest}; "
-                f"this UNet was trained for {self.default_options.resolution}."
+                f"pipeline (VAE times UNet levels); got {asked}. Take {nearest}; this UNet was "
+                f"trained for {native}."
             )
         return options

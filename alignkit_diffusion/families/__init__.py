@@ -62,6 +62,13 @@ class Family(Protocol):
         """Noise clean latents (N, C, H, W) to CPU timesteps (N,), and denoise them in one call."""
         ...
 
+    def differences(self, unet: Any, other: Family, other_unet: Any) -> list[str]:
+        """What keeps a reference from being compared with a policy on the same latents and draws.
+
+        `other` and `other_unet` are the reference's. Empty if nothing does.
+        """
+        ...
+
     def timestep_weights(self, kind: str) -> Tensor:
         """(T,) float64, what half the mean squared error counts at each timestep.
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from alignkit.errors import ConfigError
 from alignkit_diffusion.content import ImageContent, PromptEmbeddings
-from alignkit_diffusion.families import Conditioning, Prediction
+from alignkit_diffusion.families import Conditioning, Family, Prediction
 from alignkit_diffusion.schedule import Schedule, read_schedule
 
 TIME_IDS = 6
@@ -30,15 +30,18 @@ class SDXL:
         """The family of a `StableDiffusionXLPipeline`.
 
         Raises:
-            ConfigError: it is the refiner, an inpainting UNet, or its scheduler does not fit.
+            ConfigError: parts are missing; it is the refiner, an inpainting UNet or one that learns
+                its variance; or its scheduler does not fit.
         """
         _refuse_refiner(pipe, given)
-        channels, latent_channels = pipe.unet.config.in_channels, pipe.vae.config.latent_channels
-        if channels != latent_channels:
+        _refuse_incomplete(pipe, given)
+        latent = pipe.vae.config.latent_channels
+        taken, made = pipe.unet.config.in_channels, pipe.unet.config.out_channels
+        if taken != latent or made != latent:
             raise ConfigError(
-                f"The UNet must take the VAE's {latent_channels} latent channels; the one of "
-                f"{given} takes {channels}, as inpainting and edit models do. Use the "
-                "text-to-image base."
+                f"The UNet must take and give the VAE's {latent} latent channels; the one of "
+                f"{given} takes {taken}, as inpainting and edit models do, or gives {made}. Use "
+                "the text-to-image base."
             )
         return cls(read_schedule(pipe.scheduler))
 
@@ -79,6 +82,20 @@ class SDXL:
         weight = torch.ones(len(latents), device=latents.device)
         return Prediction(prediction, target, weight)
 
+    def differences(self, unet: Any, other: Family, other_unet: Any) -> list[str]:
+        assert isinstance(other, SDXL)
+        mine, theirs = self.schedule, other.schedule
+        pairs: dict[str, tuple[Any, Any]] = {
+            "prediction_type": (mine.prediction_type, theirs.prediction_type),
+            "number of timesteps": (len(mine), len(theirs)),
+        }
+        for name in ("in_channels", "cross_attention_dim", "projection_class_embeddings_input_dim"):
+            pairs[name] = (unet.config[name], other_unet.config[name])
+        found = [f"{name} {a!r} against {b!r}" for name, (a, b) in pairs.items() if a != b]
+        if not found and not torch.allclose(mine.alphas_cumprod, theirs.alphas_cumprod):
+            found = ["another noise schedule (betas)"]
+        return found
+
     def timestep_weights(self, kind: str) -> Tensor:
         return self.schedule.weights(kind)
 
@@ -103,6 +120,25 @@ class SDXL:
             "prediction_type": self.schedule.prediction_type,
             "num_timesteps": self.num_timesteps,
         }
+
+
+def _refuse_incomplete(pipe: Any, given: str) -> None:
+    parts = ("vae", "scheduler", "tokenizer", "tokenizer_2")
+    missing = [name for name in parts if getattr(pipe, name) is None]
+    if missing:
+        raise ConfigError(
+            f"SDXL policies need {', '.join(parts)}; {given} lacks {', '.join(missing)}. Load the "
+            "whole pipeline."
+        )
+    for suffix in ("", "_2"):
+        limit = getattr(pipe, f"tokenizer{suffix}").model_max_length
+        positions = getattr(pipe, f"text_encoder{suffix}").config.max_position_embeddings
+        if limit > positions:
+            raise ConfigError(
+                f"tokenizer{suffix} must cut prompts to the {positions} tokens that "
+                f"text_encoder{suffix} reads; that of {given} says model_max_length={limit}. "
+                f"Are its files whole? Set model_max_length to {positions}."
+            )
 
 
 def _refuse_refiner(pipe: Any, given: str) -> None:

@@ -62,6 +62,7 @@ def make_pipeline(
     scheduler: str = "EulerDiscreteScheduler",
     latent_channels: int = 4,
     width: int = 32,
+    beta_end: float = 0.012,
 ) -> Any:
     """An SDXL pipeline of about 100,000 parameters; `vae_levels` 2 halves, 3 quarters."""
     import diffusers
@@ -112,7 +113,7 @@ def make_pipeline(
     )
     schedule = getattr(diffusers, scheduler)(
         beta_start=0.00085,
-        beta_end=0.012,
+        beta_end=beta_end,
         beta_schedule="scaled_linear",
         prediction_type=prediction_type,
     )

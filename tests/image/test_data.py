@@ -394,6 +394,15 @@ def test_latents_that_are_not_finite_name_the_image(rows: Rows) -> None:
         read(wing, rows[:2])
 
 
+def test_embeddings_that_are_not_finite_name_the_prompt(rows: Rows) -> None:
+    wing = build(make_pipeline(), adapter=LoRA(rank=2), **BUILD)
+    token = wing.policy.tokenizer("house")["input_ids"][1]
+    wing.policy.text_encoder.get_input_embeddings().weight.data[token] = torch.nan
+    with pytest.raises(DataError, match=r"finite; 'a blue square on the house'.*text encoders"):
+        read(wing, rows[:2])
+    assert len(read(wing, rows[:1])) == 1
+
+
 def test_an_image_that_changes_while_it_is_used(
     wing: Any, rows: Rows, image_folder: Callable[[Rows], Path]
 ) -> None:

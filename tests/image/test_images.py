@@ -125,6 +125,14 @@ def test_broken_images_say_why(tmp_path: Path) -> None:
     assert open_image(single, None).size == frames[0].size
 
 
+def test_an_over_large_image_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    data = encoded(picture(0, 64, 64), "PNG")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 64 * 64 // 2 - 1)
+    with pytest.raises(BadRow, match=r"4096 pixels.*MAX_IMAGE_PIXELS") as caught:
+        open_image(data, None)
+    assert caught.value.reason == "over-large image"
+
+
 def test_a_users_image_is_not_changed() -> None:
     image = Image.new("RGBA", (4, 4), (255, 0, 0, 0))
     open_image(image, None)

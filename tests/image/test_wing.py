@@ -84,6 +84,15 @@ def test_a_half_precision_unet_in_hand_computes_in_the_precision_asked_for(
     assert torch.allclose(*values, atol=2e-2)
 
 
+def test_the_native_size_holds_where_none_is_given(rows: list[dict[str, Any]]) -> None:
+    wing = build(make_pipeline(), adapter=LoRA(rank=2), **BUILD)
+    for options, side in ((ImageOptions(flip=True), 16), (ImageOptions(resolution=24), 24)):
+        examples = wing.examples(rows[:2], options, kind="pairs", seed=0)
+        geometry = examples.collate([0, 1], [0, 0]).content.geometry
+        assert geometry[:, 4:].unique().tolist() == [side]
+        assert wing.describe()["resolution"] == side
+
+
 def test_a_folder_is_loaded(pipeline_folder: Path, rows: list[dict[str, Any]]) -> None:
     wing = build(pipeline_folder, adapter=LoRA(rank=2), **BUILD)
     assert wing.modality == "image" and wing.tokenizer is None
@@ -159,6 +168,38 @@ def test_weights_other_than_safetensors_are_refused(pipeline_folder: Path, tmp_p
         build(str(folder), adapter=LoRA(), **BUILD)
 
 
+@pytest.mark.parametrize("plain_too", [False, True])
+def test_variant_files_are_taken_where_there_are_no_plain_ones(
+    plain_too: bool, pipeline_folder: Path, tmp_path: Path
+) -> None:
+    """A download of the half-precision files alone; plain ones beside them come first."""
+    folder = tmp_path / "pipeline"
+    half = make_pipeline()
+    for part in (half.unet, half.vae, half.text_encoder, half.text_encoder_2):
+        torch.nn.Module.to(part, torch.float16)
+    half.save_pretrained(folder, variant="fp16")
+    if plain_too:
+        shutil.copytree(pipeline_folder, folder, dirs_exist_ok=True)
+    wing = build(str(folder), adapter=LoRA(rank=2), **BUILD)
+    exact = [p.detach() for p in make_pipeline().unet.parameters()]
+    expected = exact if plain_too else [p.half().float() for p in exact]
+    own = [p for n, p in wing.policy.unet.named_parameters() if ".lora_" not in n]
+    assert all(torch.equal(a, b) for a, b in zip(own, expected, strict=True))
+    assert {p.dtype for p in (*own, *wing.policy.vae.parameters())} == {torch.float32}
+
+
+def test_pipelines_in_hand_that_lack_parts_are_refused() -> None:
+    for name in ("vae", "scheduler", "tokenizer_2"):
+        pipe = make_pipeline()
+        setattr(pipe, name, None)
+        with pytest.raises(ConfigError, match=f"in memory lacks {name}"):
+            build(pipe, adapter=LoRA(), **BUILD)
+    endless = make_pipeline()
+    endless.tokenizer_2.model_max_length = 10**30
+    with pytest.raises(ConfigError, match=r"tokenizer_2 must cut prompts to the 16 tokens"):
+        build(endless, adapter=LoRA(), **BUILD)
+
+
 def test_pipelines_in_hand_that_do_not_fit_are_refused() -> None:
     import diffusers
 
@@ -178,6 +219,26 @@ def test_pipelines_in_hand_that_do_not_fit_are_refused() -> None:
     inpainting.unet.register_to_config(in_channels=9)
     with pytest.raises(ConfigError, match="takes 9"):
         build(inpainting, adapter=LoRA(), **BUILD)
+    variance = make_pipeline()
+    variance.unet.register_to_config(out_channels=8)
+    with pytest.raises(ConfigError, match="gives 8"):
+        build(variance, adapter=LoRA(), **BUILD)
+
+
+@pytest.mark.parametrize(
+    ("other", "text"),
+    [
+        ({"prediction_type": "v_prediction"}, "prediction_type 'epsilon' against 'v_prediction'"),
+        ({"latent_channels": 3}, "in_channels 4 against 3"),
+        ({"beta_end": 0.02}, r"another noise schedule"),
+    ],
+)
+def test_references_that_cannot_be_compared_are_refused(other: dict[str, Any], text: str) -> None:
+    wing = build(make_pipeline(), adapter=LoRA(rank=2), **BUILD)
+    with pytest.raises(ConfigError, match=f"{text}.*own lineage"):
+        build(make_pipeline(**other), adapter=None, beside=wing, **BUILD)
+    same = build(make_pipeline(scheduler="DDIMScheduler"), adapter=None, beside=wing, **BUILD)
+    assert not any(p.requires_grad for p in same.policy.unet.parameters())
 
 
 @pytest.mark.parametrize(
