@@ -14,6 +14,7 @@ from alignkit.adapters import active_adapters, lora_config, refuse_contradiction
 from alignkit.errors import ConfigError, nearest
 from alignkit.options import LoRA
 from alignkit_diffusion.conditioning import quiet_libraries
+from alignkit_diffusion.kohya import kohya_state
 
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 FEED_FORWARD = ("ff.net.0.proj", "ff.net.2")
@@ -232,22 +233,3 @@ def save_adapter(unet: Any, folder: Path, name: str, base: str | None) -> None:
     )
     if not config.use_dora:
         save_file(kohya_state(unet, name), folder / KOHYA_FILE, metadata={"format": "pt"})
-
-
-def kohya_state(unet: nn.Module, name: str) -> dict[str, torch.Tensor]:
-    """The adapter under kohya's names: lora_unet_<layer>.lora_down.weight, .lora_up.weight, .alpha.
-
-    Its readers scale by alpha / rank, whatever the kind was; so alpha here is scale times rank.
-    """
-    from peft.tuners.lora import LoraLayer
-
-    state = {}
-    for layer_name, layer in unet.named_modules():
-        if not isinstance(layer, LoraLayer) or name not in layer.lora_A:
-            continue
-        prefix = "lora_unet_" + layer_name.replace(".", "_")
-        down, up = layer.lora_A[name].weight, layer.lora_B[name].weight
-        state[f"{prefix}.lora_down.weight"] = down.detach().cpu().contiguous()
-        state[f"{prefix}.lora_up.weight"] = up.detach().cpu().contiguous()
-        state[f"{prefix}.alpha"] = torch.tensor(float(layer.scaling[name] * layer.r[name]))
-    return state

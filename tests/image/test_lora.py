@@ -15,6 +15,7 @@ from torch import Tensor
 from alignkit.errors import ConfigError
 from alignkit.options import LoRA
 from alignkit_diffusion import build
+from alignkit_diffusion.kohya import kohya_state
 from alignkit_diffusion.lora import DIFFUSERS_FILE, KOHYA_FILE, resolve_targets
 from tests.image.conftest import BUILD, make_pipeline
 
@@ -148,14 +149,41 @@ def test_saved_adapters_load_back_to_the_same_prediction(
 
 
 def test_kohya_keys() -> None:
-    from alignkit_diffusion.lora import kohya_state
-
-    wing = wing_with(rank=4, alpha=2, targets=["attn1.to_out.0"])
+    wing = wing_with(rank=4, alpha=2, targets=["mid_block.attentions.0.proj_in", "attn1.to_out.0"])
     state = kohya_state(wing.policy.unet, "default")
-    prefix = "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn1_to_out_0"
+    prefix = "lora_unet_middle_block_1_transformer_blocks_0_attn1_to_out_0"
     assert state[f"{prefix}.lora_down.weight"].shape == (4, 32)
     assert state[f"{prefix}.lora_up.weight"].shape == (32, 4)
     assert state[f"{prefix}.alpha"].item() == 2
+    assert "lora_unet_middle_block_1_proj_in.alpha" in state
+
+
+def test_kohya_names_of_every_layer_come_back(tmp_path: Path) -> None:
+    """diffusers' own reader, which knows the first release's names, finds each layer again."""
+    layers = [n for n, m in make_pipeline().unet.named_modules() if is_layer(m)]
+    wing = wing_with(rank=2, targets=layers)
+    move(wing)
+    wing.save(tmp_path, base=None)
+    state = load_file(tmp_path / KOHYA_FILE)
+    assert not [key for key in state if "down_blocks" in key or "up_blocks" in key]
+    pipe = make_pipeline()
+    pipe.load_lora_weights(tmp_path, weight_name=KOHYA_FILE)
+    assert adapted(pipe.unet) == set(layers)
+    assert torch.allclose(prediction(pipe.unet), prediction(wing.policy.unet), atol=1e-5)
+
+
+def is_layer(module: Any) -> bool:
+    return isinstance(module, torch.nn.Linear | torch.nn.Conv2d)
+
+
+def test_a_unet_of_another_build_keeps_diffusers_names(tmp_path: Path) -> None:
+    wing = wing_with(rank=2, targets=["to_q"])
+    unet = wing.policy.unet
+    unet.register_to_config(layers_per_block=(1, 1))
+    names = {key.rsplit(".", 1)[0] for key in kohya_state(unet, "default")}
+    assert "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn1_to_q" in {
+        name.removesuffix(".lora_down").removesuffix(".lora_up") for name in names
+    }
 
 
 @pytest.mark.parametrize("adapter", ADAPTERS)
