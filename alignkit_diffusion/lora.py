@@ -61,6 +61,29 @@ def _ends(name: str, ending: str) -> bool:
     return name == ending or name.endswith(f".{ending}")
 
 
+def give_adapter(unet: Any, adapter: LoRA, *, seed: int) -> None:
+    """Put an adapter on `unet`, fresh or continued; if that fails, leave it as it was.
+
+    Raises:
+        ConfigError: it carries one already, or the adapter's layers or folder cannot be used.
+    """
+    present = adapter_name(unet)
+    if present is not None:
+        raise ConfigError(
+            f"A new adapter needs a UNet without one; the pipeline in memory carries {present!r}. "
+            "To go on training that one, give no adapter; to train a new one on top of it, fuse "
+            "it first, pipe.fuse_lora(); to drop it, or after fusing, pipe.unload_lora_weights()."
+        )
+    try:
+        if adapter.continue_from:
+            continue_adapter(unet, adapter)
+        else:
+            add_adapter(unet, adapter, seed=seed)
+    except BaseException:
+        remove_adapter(unet)
+        raise
+
+
 def add_adapter(unet: Any, adapter: LoRA, *, seed: int) -> None:
     """Add a fresh adapter, which changes nothing yet: B is zero.
 

@@ -70,7 +70,7 @@ def build(
     unet = loaded.pipe.unet
     try:
         if adapter is not None:
-            _give_adapter(unet, adapter, seed)
+            lora.give_adapter(unet, adapter, seed=seed)
     except BaseException:
         loaded.give_back()
         raise
@@ -103,24 +103,6 @@ def _refuse_incomparable(reference: Policy, policy: Wing) -> None:
             f"must agree in what they take and predict; they have {', '.join(found)}. Give a "
             "reference of the policy's own lineage."
         )
-
-
-def _give_adapter(unet: Any, adapter: LoRA, seed: int) -> None:
-    present = lora.adapter_name(unet)
-    if present is not None:
-        raise ConfigError(
-            f"A new adapter needs a UNet without one; the pipeline in memory carries {present!r}. "
-            "To go on training that one, give no adapter; to train a new one on top of it, fuse "
-            "it first, pipe.fuse_lora(); to drop it, or after fusing, pipe.unload_lora_weights()."
-        )
-    try:
-        if adapter.continue_from:
-            lora.continue_adapter(unet, adapter)
-        else:
-            lora.add_adapter(unet, adapter, seed=seed)
-    except BaseException:
-        lora.remove_adapter(unet)
-        raise
 
 
 class ImageWing:
