@@ -9,21 +9,9 @@ import pytest
 import torch
 
 from alignkit.errors import ConfigError
-from alignkit.losses import PREFERENCE_LOSSES, PairScores
+from alignkit.losses import PREFERENCE_LOSSES
 from tests.builders import pair_scores
-
-DTYPES = {torch.float64: 1e-6, torch.float32: 1e-5}
-
-
-def batch3(dtype: torch.dtype = torch.float64, **more: float) -> PairScores:
-    """W = [3, 0, -3], L = [-1, 1.5, 1.5], h = [4, -1.5, -4.5]."""
-    return PairScores(
-        torch.tensor([-10.0, -8, -20], dtype=dtype),
-        torch.tensor([-12.0, -7, -15], dtype=dtype),
-        torch.tensor([-13.0, -8, -17], dtype=dtype),
-        torch.tensor([-11.0, -8.5, -16.5], dtype=dtype),
-        **more,
-    )
+from tests.losses.examples import DTYPES, batch3
 
 
 def past(mean: float, std: float) -> dict[str, torch.Tensor]:
@@ -102,6 +90,19 @@ def test_beta_dpo_draws_pairs_in_proportion_to_their_weights() -> None:
     expected = expected / expected.sum()
     deviation = (expected * (1 - expected) / draws).sqrt()
     assert ((kept / draws - expected).abs() < 4 * deviation).all()
+
+
+def test_beta_dpo_s_means_are_weighted() -> None:
+    """Weight 0 is "row absent", weight 2 "row twice", where no pair is left out by chance."""
+    row = PREFERENCE_LOSSES["beta_dpo"]
+    weighted = batch3(weight=[1, 2, 0])
+    twice = pair_scores([3.0, 0, 0], [-1.0, 1.5, 1.5])
+    one, two = (row.next_state(scores, {}, beta=0.1) for scores in (weighted, twice))
+    assert all(torch.allclose(one[name], two[name], rtol=1e-12) for name in two)
+    held = past(-1.0, 1.0)
+    found = row(weighted, beta=0.1, rho=0.0, state=held)
+    wanted = row(twice, beta=0.1, rho=0.0, state=held)
+    assert (found * weighted.weight).sum().item() == pytest.approx(wanted.sum().item(), rel=1e-9)
 
 
 def test_beta_dpo_s_kept_pairs_set_its_beta_and_carry_the_mean() -> None:

@@ -10,33 +10,9 @@ import torch
 
 from alignkit.losses import GROUP_LOSSES, PREFERENCE_LOSSES, GroupScores
 from tests.builders import pair_scores
-
-DTYPES = {torch.float64: 1e-6, torch.float32: 1e-5}
-
-
-def group(
-    ratios: list[float], rank: list[int], *, dtype: torch.dtype = torch.float64
-) -> GroupScores:
-    ratio = torch.tensor([ratios], dtype=dtype)
-    return GroupScores(
-        ratio - 5, torch.full_like(ratio, -5), torch.tensor([rank]), torch.ones(1, len(rank)) > 0
-    )
-
+from tests.losses.examples import group
 
 RANKED = [2.0, 1.0, 0.0, -1.0]
-GOLDENS = [
-    ("plackett_luce", 0.1, [1.0, -0.5, -2.0], 1.5770553),
-    ("plackett_luce", 1.0, RANKED, 1.1610574),
-]
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("name", "beta", "ratios", "golden"), GOLDENS)
-def test_goldens(name, beta, ratios, golden, dtype) -> None:
-    scores = group(ratios, [*range(len(ratios))], dtype=dtype)
-    found = GROUP_LOSSES[name](scores, beta=beta)
-    assert found.shape == (1,) and found.dtype == dtype
-    assert found.item() == pytest.approx(golden, rel=DTYPES[dtype])
 
 
 def test_plackett_luce_probabilities_of_all_rankings_sum_to_one() -> None:
@@ -51,6 +27,26 @@ def test_a_tied_block_is_one_choice() -> None:
     found = GROUP_LOSSES["plackett_luce"](group([1.0, -0.5, 2.0], [0, 0, 1]), beta=1.0).item()
     first, all_of_them = math.exp(1) + math.exp(-0.5), math.exp(1) + math.exp(-0.5) + math.exp(2)
     assert found == pytest.approx(-math.log(first / all_of_them), rel=1e-12)
+
+
+def test_all_pairs_leaves_tied_pairs_out_and_best_of_k_takes_the_best_as_one_choice() -> None:
+    scores = group([1.0, -0.5, 2.0], [0, 0, 1])
+    found = GROUP_LOSSES["all_pairs"](scores, beta=1.0).item()
+    assert found == pytest.approx((math.log1p(math.exp(1)) + math.log1p(math.exp(2.5))) / 2)
+    found = GROUP_LOSSES["best_of_k"](scores, beta=1.0).item()
+    first = math.exp(1) + math.exp(-0.5)
+    assert found == pytest.approx(math.log((first + math.exp(2)) / first))
+
+
+@pytest.mark.parametrize("name", GROUP_LOSSES)
+@pytest.mark.parametrize("rank", [[0, 0, 0], [-1, -1, -1], [2, 2, 2]])
+def test_a_group_without_any_decided_pair_teaches_nothing(name, rank) -> None:
+    scores = group([1.0, -0.5, 2.0], rank)
+    scores.policy.requires_grad_()
+    loss = GROUP_LOSSES[name](scores, beta=1.0)
+    loss.sum().backward()
+    assert loss.item() == pytest.approx(0, abs=1e-12)
+    assert scores.policy.grad.abs().max() < 1e-12
 
 
 def test_unranked_answers_are_below_all_ranked_ones_and_end_the_sum() -> None:

@@ -9,44 +9,10 @@ import torch
 
 from alignkit.errors import ConfigError
 from alignkit.losses import UNPAIRED_LOSSES, UnpairedScores
+from tests.losses.examples import answers
 
-DTYPES = {torch.float64: 1e-6, torch.float32: 1e-5}
 LIKED = [True, True, True, False, False, False]
-
-
-def answers(
-    ratios: list[float],
-    liked: list[bool],
-    kl: float | list[float] | None = None,
-    *,
-    dtype: torch.dtype = torch.float64,
-    weight: list[float] | None = None,
-) -> UnpairedScores:
-    ratio = torch.tensor(ratios, dtype=dtype)
-    return UnpairedScores(
-        ratio - 3,
-        torch.full_like(ratio, -3),
-        torch.tensor(liked),
-        kl=None if kl is None else torch.tensor(kl, dtype=dtype).expand_as(ratio),
-        weight=None if weight is None else torch.tensor(weight, dtype=dtype),
-    )
-
-
 BATCH6 = [3.0, 0, -3, -1, 1.5, 1.5]
-GOLDENS = [
-    ("kto", BATCH6, LIKED, 0.3, 0.5082733),
-    ("kto", [1.0, -0.5], [True, False], 0.3, 0.4812589),
-    ("kto", [1.0], [True], 0.3, 0.4825071),
-    ("kto", [-0.5], [False], 0.3, 0.4800107),
-]
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("name", "ratios", "liked", "kl", "golden"), GOLDENS)
-def test_goldens(name, ratios, liked, kl, golden, dtype) -> None:
-    found = UNPAIRED_LOSSES[name](answers(ratios, liked, kl, dtype=dtype), beta=0.1)
-    assert found.dtype == dtype and len(found) == len(ratios)
-    assert found.mean().item() == pytest.approx(golden, rel=DTYPES[dtype])
 
 
 def test_kto_s_baseline_is_the_weighted_mean_of_mismatched_answers_and_never_negative() -> None:
