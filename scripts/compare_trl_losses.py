@@ -71,11 +71,16 @@ class Tokens:
         self.squares = torch.rand(rows, TOKENS, generator=draw, dtype=torch.float64).log()
         self.kl = torch.randn(rows, generator=draw, dtype=torch.float64) + 0.4
 
-    def scores(self, weights: Tensor | None = None) -> PairScores:
-        """The same numbers as alignkit sees them; `weights` by token."""
-        weights = torch.ones_like(self.policy) if weights is None else weights
-        policy = (self.policy * weights).sum(1).chunk(2)
-        reference = (self.reference * weights).sum(1).chunk(2)
+    def log_likelihoods(self, logps: Tensor, ld_alpha: float) -> tuple[Tensor, ...]:
+        """(B,) of the chosen and of the rejected answers."""
+        shared = torch.minimum(*self.lengths.chunk(2)).repeat(2)
+        public = (logps * (torch.arange(TOKENS) < shared[:, None])).sum(1)
+        return modifiers.without_surplus(logps.sum(1), public, ld_alpha).chunk(2)
+
+    def scores(self, ld_alpha: float = 1.0) -> PairScores:
+        """The same numbers as alignkit sees them."""
+        policy = self.log_likelihoods(self.policy, ld_alpha)
+        reference = self.log_likelihoods(self.reference, ld_alpha)
         lengths = self.lengths.to(policy[0]).chunk(2)
         return PairScores(*policy, *reference, chosen_length=lengths[0], rejected_length=lengths[1])
 
@@ -135,8 +140,8 @@ def dpo_loss(tokens: Tokens, loss: str | list[str], **options: Any) -> Tensor:
     }
     made = trainer(DPOTrainer, tokens, **given)
     mask = torch.cat([torch.zeros(len(tokens.mask), 1), tokens.mask], 1).long()
-    weights = ld_weights(tokens, given["ld_alpha"])
-    reference = (tokens.reference * weights).sum(1).chunk(2)
+    ld_alpha = 1.0 if given["ld_alpha"] is None else given["ld_alpha"]
+    reference = tokens.log_likelihoods(tokens.reference, ld_alpha)
     inputs = {
         "input_ids": torch.zeros_like(mask),
         "attention_mask": torch.ones_like(mask),
@@ -181,12 +186,6 @@ def orpo_loss(tokens: Tokens) -> Tensor:
     made = trainer(ORPOTrainer, tokens)
     mean = tokens.policy.sum(1) / tokens.lengths
     return -ORPOTrainer.odds_ratio_loss(made, *mean.chunk(2))[0].mean()
-
-
-def ld_weights(tokens: Tokens, ld_alpha: float | None) -> Tensor:
-    shared = torch.minimum(*tokens.lengths.chunk(2)).repeat(2)[:, None].expand(-1, TOKENS)
-    place = torch.arange(TOKENS).expand_as(shared)
-    return modifiers.ld_token_weights(place, shared, 1.0 if ld_alpha is None else ld_alpha)
 
 
 Case = tuple[str, Callable[[Tokens], Tensor], Callable[[Tokens], Tensor]]
@@ -253,9 +252,7 @@ def float32_cases() -> Iterator[Case]:
 
 
 def ld_dpo(ld_alpha: float) -> Callable[[Tokens], Tensor]:
-    return lambda t: PREFERENCE_LOSSES["sigmoid"](
-        t.scores(ld_weights(t, ld_alpha)), beta=BETA
-    ).mean()
+    return lambda t: PREFERENCE_LOSSES["sigmoid"](t.scores(ld_alpha), beta=BETA).mean()
 
 
 def mpo(tokens: Tokens) -> Tensor:

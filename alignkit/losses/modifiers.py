@@ -1,6 +1,6 @@
 """What can be combined with a loss: the mathematics alone, in the order in which it applies.
 
-    1. ld_token_weights     on token log-likelihoods, before they are summed (text)
+    1. without_surplus      on an answer's log-likelihood (text)
        timestep_weights     on an image's log-likelihood at its timestep (images)
     2. divergences.with_divergence   on the scores, for the loss alone
     3. damped(., safeguard_factor)   on the rejected answer's log-likelihood: its gradient (images)
@@ -14,7 +14,7 @@ Weighted sums of losses are in mixture.py. Symbols as in preference.py.
 from __future__ import annotations
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
 from alignkit.errors import ConfigError, refuse_unknown
@@ -68,24 +68,25 @@ def wpo_weight(chosen: Float[Tensor, " B"], rejected: Float[Tensor, " B"]) -> Fl
     return (chosen + rejected).detach().exp().clamp(max=1)
 
 
-def ld_token_weights(
-    position: Int[Tensor, " T"], shared: Int[Tensor, " T"], ld_alpha: float
-) -> Float[Tensor, " T"]:
-    """LD-DPO: 1 for the first min(|y_w|, |y_l|) tokens of an answer, ld_alpha for the rest.
+def without_surplus(
+    total: Float[Tensor, " N"], public: Float[Tensor, " N"], ld_alpha: float
+) -> Float[Tensor, " N"]:
+    """LD-DPO: the log-likelihood of an answer's first min(|y_w|, |y_l|) tokens, plus ld_alpha times
+    that of the rest.
 
-    Liu et al. 2024 (2409.06411): the log-likelihood of the longer answer's surplus counts
-    less, under policy and reference alike.
+    Liu et al. 2024 (2409.06411): the surplus of the longer answer counts less, under policy and
+    reference alike.
 
     Args:
-        position: the token's place in its completion, from 0.
-        shared: min(|y_w|, |y_l|) of the token's pair.
+        total: of all tokens.
+        public: of the first ones, as many as the shortest answer of the group has.
         ld_alpha: in [0, 1]; 1 is plain DPO.
 
     Raises:
         ConfigError: for ld_alpha outside [0, 1].
     """
     within("[0, 1]", "LD-DPO", ld_alpha=ld_alpha)
-    return torch.where(position < shared, 1.0, ld_alpha)
+    return public + ld_alpha * (total - public)
 
 
 def anchor_loss(scores: PairScores | GroupScores) -> Float[Tensor, " B"]:

@@ -13,7 +13,13 @@ import torch
 from torch import Tensor
 
 from alignkit.batches import Batch, Likelihood, Metrics
-from alignkit.losses.modifiers import anchor_loss, damped, safeguard_factor, wpo_weight
+from alignkit.losses.modifiers import (
+    anchor_loss,
+    damped,
+    safeguard_factor,
+    without_surplus,
+    wpo_weight,
+)
 
 PUBLIC, ALIGNMENT, OVERLAP, ERROR = "public", "alignment", "overlap", "error"
 """Extras of `Likelihood`, see there."""
@@ -55,8 +61,8 @@ class Modifiers:
         """With the tokens beyond the public length down-weighted."""
         if self.ld_alpha is None:
             return found
-        public = found.extras[PUBLIC]
-        return replace(found, total=public + self.ld_alpha * (found.total - public))
+        total = without_surplus(found.total, found.extras[PUBLIC], self.ld_alpha)
+        return replace(found, total=total)
 
     def guarded(self, scores: Any, batch: Batch, policy: Likelihood) -> tuple[Any, Metrics]:
         """The same numbers, with the rejected image's gradient held back."""

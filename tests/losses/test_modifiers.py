@@ -59,17 +59,15 @@ def test_wpo_is_refused_where_pairs_are_compared_with_one_another() -> None:
 # --- LD-DPO ------------------------------------------------------------------------------------
 
 
-def test_ld_weights_count_the_surplus_of_the_longer_answer_less() -> None:
-    """Lengths 2 and 4: with a = 0.25 the longer answer sums -1 - 2 + 0.25 (-3 - 4)."""
-    position = torch.tensor([0, 1, 0, 1, 2, 3])
-    weights = modifiers.ld_token_weights(position, torch.full((6,), 2), 0.25)
-    assert weights.tolist() == [1, 1, 1, 1, 0.25, 0.25]
-    logps = vector(-0.5, -0.5, -1, -2, -3, -4)
-    assert (weights * logps)[2:].sum().item() == pytest.approx(-4.75)
-    assert modifiers.ld_token_weights(position, torch.full((6,), 2), 1.0).tolist() == [1] * 6
+def test_the_surplus_of_the_longer_answer_counts_less() -> None:
+    """Lengths 2 and 4: with a = 0.25 the longer answer is -1 - 2 + 0.25 (-3 - 4)."""
+    public, total = vector(-1.5, -3), vector(-1.5, -10)
+    assert modifiers.without_surplus(total, public, 0.25).tolist() == [-1.5, -4.75]
+    assert modifiers.without_surplus(total, public, 0.0).tolist() == [-1.5, -3]
+    assert torch.equal(modifiers.without_surplus(total, public, 1.0), total)
     for bad in (-0.1, 1.1, math.nan):
         with pytest.raises(ConfigError, match="ld_alpha"):
-            modifiers.ld_token_weights(position, position, bad)
+            modifiers.without_surplus(total, public, bad)
 
 
 # --- the anchor --------------------------------------------------------------------------------

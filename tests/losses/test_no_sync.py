@@ -60,5 +60,4 @@ def test_divergences_and_modifiers(divergence) -> None:
         loss = loss + 0.5 * modifiers.anchor_loss(scores)
         loss = loss * modifiers.wpo_weight(scores.chosen, scores.rejected)
         torch.autograd.grad(loss.sum(), leaf)
-        place = torch.arange(3)
-        modifiers.ld_token_weights(place, place, 0.5)
+        modifiers.without_surplus(scores.chosen, scores.rejected, 0.5)
