@@ -21,7 +21,8 @@ def test_the_formulas_are_those_of_the_tables() -> None:
 
 def test_the_formulas_name_every_modifier() -> None:
     text = (DOCS / "formulas.md").read_text(encoding="utf-8").split("### Modifiers")[1]
-    for name in {*DIVERGENCES, *modifiers.TIMESTEP_WEIGHTINGS} - {"reverse_kl", "uniform"}:
+    kinds = {*DIVERGENCES, *modifiers.TIMESTEP_WEIGHTINGS, *modifiers.WEIGHTINGS}
+    for name in {*kinds, "nats", "anchor", "safeguard", "ld_alpha"} - {"reverse_kl", "uniform"}:
         assert f"`{name}`" in text, name
     for number in ("2409.06411", "2511.03317", "2411.10442", "2404.19733", "2406.11827"):
         assert number in text and number in entries()
