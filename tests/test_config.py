@@ -20,7 +20,7 @@ from alignkit.config import (
 from alignkit.errors import ConfigError
 from alignkit.losses import GROUP_LOSSES, PREFERENCE_LOSSES, UNPAIRED_LOSSES
 from alignkit.losses.divergences import DIVERGENCES
-from alignkit.methods import DPO
+from alignkit.methods import DPO, KTO
 from alignkit.options import (
     EarlyStop,
     GenerationOptions,
@@ -442,6 +442,11 @@ NOT_SCALE_FREE = replace(SIGMOID, name="fixed", scale_free=False)
     [
         ({"method": "dpo"}, None, r"method must be one of DPO\(\), KTO\(\); got 'dpo'"),
         ({"method": DPO}, None, r"method must be one of DPO\(\), KTO\(\); got <class"),
+        (
+            {"method": KTO(), "trainer": TrainerOptions(batch_size=1)},
+            "text",
+            r"mismatched answers of the global batch.*got trainer\.batch_size=1",
+        ),
         ({"policy": None}, None, "policy must be given"),
         ({"data": None}, None, "data must be given"),
         ({"adapter": {"rank": 4}}, None, "adapter must be the options of LoRA or null"),

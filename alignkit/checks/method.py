@@ -52,6 +52,11 @@ def check_method(config: RunConfig, modality: str | None) -> None:
         check_weighting(method.weighting, loss if isinstance(loss, Loss) else None)
         _check_divergence(method, loss, modality)
     _check_reference(config, loss)
+    if "kl" in loss.needs and config.trainer.batch_size == 1:
+        raise ConfigError(
+            f"Loss {loss.name!r} measures the KL on mismatched answers of the global batch, so it "
+            "needs more than one; got trainer.batch_size=1. Take 8 or more, or loss='bco'."
+        )
 
 
 def _check_options(criterion: Criterion) -> None:
