@@ -21,6 +21,7 @@ from alignkit.result import AlignResult, FinishedRun
 from alignkit.run import Run
 from alignkit.runtime import Runtime
 from alignkit.schema import build as build_options
+from alignkit.schema import hints, refuse_unknown_keys
 from alignkit.yaml_file import read_yaml
 
 __all__ = ["AlignResult", "Run", "align", "build", "modality_of", "sample"]
@@ -112,6 +113,8 @@ def build(
             break
     result = run.finish()
     """
+    known = [name for name in hints(RunConfig) if name not in ("policy", "method", "data")]
+    refuse_unknown_keys("", arguments, known)
     given = {key: value for key, value in arguments.items() if value is not None}
     if method is None and data is None and str(policy).endswith((".yaml", ".yml")):
         _refuse_beside_file(given)

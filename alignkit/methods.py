@@ -12,7 +12,7 @@ from types import MappingProxyType
 from typing import Any, ClassVar, Literal
 
 from alignkit.errors import ConfigError
-from alignkit.ranges import not_negative, positive, share
+from alignkit.ranges import finite, not_negative, positive, share
 
 Divergence = Literal["reverse_kl", "forward_kl", "js_divergence", "alpha"]
 TimestepWeighting = Literal["uniform", "min_snr", "elbo", "nats"]
@@ -188,6 +188,7 @@ def _fill(method: Method, keywords: Mapping[str, Any], **values: Any) -> None:
     """Set the fields of a frozen method, after the checks that all methods share."""
     loss, beta = values["loss"], values["beta"]
     positive("method", beta=beta)
+    finite("method", beta=beta)
     if isinstance(loss, Mapping):
         values["loss"] = MappingProxyType(_weights(loss))
     elif not (isinstance(loss, str) or callable(loss)):

@@ -12,7 +12,7 @@ from types import MappingProxyType
 from typing import Literal
 
 from alignkit.errors import ConfigError
-from alignkit.ranges import list_of_names, not_negative, positive, share
+from alignkit.ranges import finite, list_of_names, not_negative, positive, share
 
 BadRow = Literal["error", "skip"]
 Identical = Literal["skip", "keep", "error"]
@@ -91,6 +91,7 @@ class TrainerOptions:
         lengths = ("max_steps", "epochs", "batch_size", "max_grad_norm", "learning_rate")
         cadences = ("log_every", "eval_every", "sample_every", "save_every", "keep_checkpoints")
         positive("trainer", **{name: getattr(self, name) for name in lengths + cadences})
+        finite("trainer", epochs=self.epochs, learning_rate=self.learning_rate)
         if self.micro_batch != "auto":
             positive("trainer", micro_batch=self.micro_batch)
         not_negative("trainer", warmup=self.warmup, weight_decay=self.weight_decay)

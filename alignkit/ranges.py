@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from numbers import Real
 from typing import Any
 
@@ -12,6 +13,12 @@ def positive(owner: str, **values: float | int | None) -> None:
     for name, value in values.items():
         if value is not None and not (is_number(value) and value > 0):
             raise ConfigError(f"{owner}.{name} must be a number above 0; got {value!r}.")
+
+
+def finite(owner: str, **values: float | int | None) -> None:
+    for name, value in values.items():
+        if value is not None and not math.isfinite(value):
+            raise ConfigError(f"{owner}.{name} must be finite; got {value!r}.")
 
 
 def not_negative(owner: str, **values: float | int | None) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ from alignkit.config import RunConfig
 from alignkit.options import GenerationOptions
 from alignkit.protocols import Wing
 from alignkit.run_folder import RunFolder
+from alignkit.schema import hints, refuse_unknown_keys, validate
 
 
 @dataclass
@@ -41,12 +42,15 @@ class AlignResult:
         """Answers of the aligned model: strings, or PIL images.
 
         Args:
-            prompts: strings or message lists; a bare string is one prompt.
+            prompts: strings or message lists; a bare string, or one message list, is one prompt.
             generation: fields of `GenerationOptions` to change, and `seed`.
         """
         seed = generation.pop("seed", self.seed)
-        one = [prompts] if isinstance(prompts, str) else list(prompts)
-        return self.wing.sample(one, replace(self.generation, **generation), seed=seed)
+        refuse_unknown_keys("generation", generation, [*hints(GenerationOptions), "seed"])
+        options = replace(self.generation, **generation)
+        validate(options, "generation")
+        single = isinstance(prompts, str) or (prompts and isinstance(prompts[0], Mapping))
+        return self.wing.sample([prompts] if single else list(prompts), options, seed=seed)
 
 
 class FinishedRun:

@@ -53,6 +53,8 @@ def check(config: RunConfig, modality: str | None = None) -> None:
     for name in ("policy", "data"):
         if getattr(config, name) is None:
             raise ConfigError(f"{name} must be given; got None.")
+    if not 0 <= config.seed < 2**63:
+        raise ConfigError(f"seed must be between 0 and 2**63 - 1; got {config.seed}.")
     check_method(config, modality)
     check_reference(config, modality)
     _check_adapter(config)

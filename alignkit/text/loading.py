@@ -12,6 +12,7 @@ from torch import nn
 
 from alignkit.adapters import quiet_peft
 from alignkit.errors import ConfigError
+from alignkit.text.handed import base_of, evaluating
 
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _NO_CODE: dict[str, Any] = {"trust_remote_code": False}
@@ -124,3 +125,35 @@ def _in_memory(policy: Sequence[Any]) -> tuple[Any, Any]:
         kinds = ", ".join(type(part).__name__ for part in policy)
         raise ConfigError(f"A text policy in memory is (model, tokenizer); got ({kinds}).")
     return policy[0], policy[1]
+
+
+@torch.no_grad()
+def refuse_other_models(model: Any) -> None:
+    """Raise `ConfigError` unless the model predicts each token from those before it, and no others.
+
+    Tried on two rows of two tokens that differ in the second: the logits of the first must not know
+    of it. Models of one's own are taken at their word.
+    """
+    base = base_of(model)
+    if not type(base).__module__.startswith("transformers."):
+        return
+    name, device = type(base).__name__, next(model.parameters()).device
+    ids = torch.tensor([[0, 0], [0, 1]], device=device)
+    try:
+        with evaluating(model):
+            logits = model(input_ids=ids, use_cache=False).logits
+        if logits.ndim != 3 or logits.shape[:2] != ids.shape:
+            raise ValueError("its logits are not those of tokens")
+        rounding = 1e-4 if logits.dtype == torch.float32 else 0.05
+        first, second = logits[:, 0].float()
+    except Exception as error:  # of whatever the model takes instead
+        raise ConfigError(
+            f"{name} is no causal language model: {error}. Give a model of the class that "
+            "AutoModelForCausalLM loads."
+        ) from error
+    if (first - second).abs().max() > rounding * first.std():
+        raise ConfigError(
+            f"{name} is no causal language model: its prediction after the first token depends on "
+            "the second. Encoders such as BERT need is_decoder=True in their config, and to have "
+            "been trained so."
+        )

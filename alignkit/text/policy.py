@@ -72,7 +72,7 @@ def _fresh(model: Any, adapter: LoRA) -> Any:
 
 
 def _continued(model: Any, adapter: LoRA) -> Any:
-    from peft import PeftModel
+    from peft import PeftConfig, PeftModel
 
     folder = adapter_folder(str(adapter.continue_from))
     if folder is None:
@@ -80,10 +80,16 @@ def _continued(model: Any, adapter: LoRA) -> Any:
             "adapter.continue_from must be the folder or hub name of a PEFT adapter, with "
             f"adapter_config.json; got {str(adapter.continue_from)!r}."
         )
-    with quiet_peft():
-        model = PeftModel.from_pretrained(model, str(folder), is_trainable=True)
-    refuse_contradiction(model.peft_config[model.active_adapter], adapter)
-    return model
+    refuse_contradiction(PeftConfig.from_pretrained(str(folder)), adapter)
+    try:
+        with quiet_peft():
+            return PeftModel.from_pretrained(model, str(folder), is_trainable=True)
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        detach(model)
+        raise ConfigError(
+            f"The adapter {str(adapter.continue_from)!r} does not fit {type(model).__name__}: "
+            f"{error}"
+        ) from error
 
 
 def detach(model: Any) -> Any:

@@ -23,7 +23,7 @@ from alignkit.text.formats import left_open, prompt_of, prompt_text, render_prom
 from alignkit.text.generation import generate
 from alignkit.text.handed import State, base_of, evaluating, max_positions, uncompiled
 from alignkit.text.likelihood import TextBackend, TextLikelihood
-from alignkit.text.loading import load
+from alignkit.text.loading import load, refuse_other_models
 from alignkit.text.policy import attach, checkpoint_layers, checkpointing_obstacle, detach
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -57,24 +57,33 @@ def build(
     dtype = DTYPES[precision]
     masters = adapter is None if beside is None else beside.adapter == "none"
     model, tokenizer = load(policy, dtype=dtype, masters=torch.float32 if masters else dtype)
+    refuse_other_models(model)
     before = State(model, gradients=isinstance(policy, (tuple, list)))
-    kind, dtypes = "none", {}
-    if beside is None:
-        dtypes = {p: p.dtype for p in model.parameters()}
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)  # peft draws A from the global generator
-            model, kind = attach(model, adapter)
+    dtypes = {} if beside is not None else {p: p.dtype for p in model.parameters()}
+    kind = "none"
+    try:
+        if beside is None:
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(seed)  # peft draws A from the global generator
+                model, kind = attach(model, adapter)
+    except BaseException:
+        before.restore()
+        raise
     model.to(device)
     align_memory(model)
     module = TextLikelihood(model, autocast=None if dtype == torch.float32 else dtype)
-    if gradient_checkpointing == "auto":
-        on_gpu = torch.device(device).type == "cuda"
-        gradient_checkpointing = on_gpu and checkpointing_obstacle(model) is None
     wing = TextWing(
         model, tokenizer, module, adapter=kind, before=before, dtypes=dtypes, added=adapter
     )
-    if gradient_checkpointing:
-        checkpoint_layers(model)
+    if gradient_checkpointing == "auto":
+        on_gpu = torch.device(device).type == "cuda"
+        gradient_checkpointing = on_gpu and checkpointing_obstacle(model) is None
+    try:
+        if gradient_checkpointing:
+            checkpoint_layers(model)
+    except BaseException:
+        wing.undo()
+        raise
     return wing
 
 

@@ -147,3 +147,41 @@ def test_layers_that_peft_cannot_adapt_are_refused_and_leave_the_model_whole() -
     with pytest.raises(ConfigError, match=r"cannot adapt these layers.*adapter\.targets"):
         build((model, tiny_tokenizer()), adapter=LoRA())
     assert [name for name, _ in model.named_modules()] == names
+
+
+def other_models() -> list[tuple[Any, str]]:
+    from transformers import (
+        BertConfig,
+        BertLMHeadModel,
+        LlamaForSequenceClassification,
+        T5Config,
+        T5ForConditionalGeneration,
+    )
+
+    bert = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 384}
+    t5 = {"d_model": 16, "d_kv": 8, "d_ff": 16, "num_layers": 1, "num_heads": 2, "vocab_size": 384}
+    llama = tiny_lm("llama")
+    return [
+        (llama.model, "LlamaModel is no causal language model"),
+        (LlamaForSequenceClassification(llama.config), "its logits are not those of tokens"),
+        (T5ForConditionalGeneration(T5Config(**t5)), "T5ForConditionalGeneration is no causal"),
+        (BertLMHeadModel(BertConfig(**bert)), "after the first token depends on the second"),
+    ]
+
+
+@pytest.mark.parametrize(("model", "words"), other_models(), ids=lambda v: type(v).__name__)
+@pytest.mark.parametrize("adapter", [None, LoRA(rank=2)])
+def test_models_that_are_not_causal_are_refused_as_they_came(model, words, adapter) -> None:
+    names = [name for name, _ in model.named_modules()]
+    with pytest.raises(ConfigError, match=words):
+        build((model.train(), tiny_tokenizer()), adapter=adapter)
+    assert [name for name, _ in model.named_modules()] == names and model.training
+
+
+def test_an_adapter_of_another_model_is_refused_and_leaves_the_model_whole(base, tmp_path) -> None:
+    folder = save_adapter(tmp_path, base)
+    model = tiny_lm("gpt2")
+    names = [name for name, _ in model.named_modules()]
+    with pytest.raises(ConfigError, match="does not fit GPT2LMHeadModel"):
+        build((model, tiny_tokenizer()), adapter=LoRA(continue_from=str(folder)))
+    assert [name for name, _ in model.named_modules()] == names
