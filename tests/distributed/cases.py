@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from alignkit import DPO, EMAReference, GenerationOptions, LoRA, TrainerOptions
+from alignkit import DPO, KTO, EMAReference, GenerationOptions, LoRA, TrainerOptions
 from alignkit.api import build
 from alignkit.run import Run
 from tests.builders import pair_rows, tiny_lm, tiny_tokenizer
@@ -48,6 +48,7 @@ class Case:
 
     policy: Callable[[], Any]
     arguments: Callable[[], dict[str, Any]]
+    method: Any = field(default_factory=lambda: DPO(beta=0.1))
 
 
 def _text(architecture: str) -> Callable[[], Any]:
@@ -116,7 +117,27 @@ def _pictures(**changed: Any) -> Callable[[], dict[str, Any]]:
     return arguments
 
 
+SORTED = DPO(loss={"aot": 1.0, "beta_dpo": 0.5}, beta=0.1)
+"""Margins that meet by rank over the whole batch, and a state that moves with its mean."""
+
+
+def _singles() -> dict[str, Any]:
+    rows = [
+        {
+            "prompt": row["prompt"],
+            "completion": row["chosen" if i % 3 else "rejected"],
+            "label": i % 3 > 0,
+            "weight": row["weight"],
+        }
+        for i, row in enumerate(weighted_rows(16))
+    ]
+    return {"data": rows, "eval_data": rows[:7], "trainer": trainer(eval_every=2, log_every=3)}
+
+
 CASES: Mapping[str, Case] = {
+    "coupled": Case(_text("llama"), _evaluated, SORTED),
+    "singles": Case(_text("llama"), _singles, KTO(beta=0.1, undesirable_weight=1.5)),
+    "sharded_coupled": Case(_text("llama"), _plain(sharding="fsdp2"), SORTED),
     "full": Case(_text("llama"), _evaluated),
     "tied": Case(_text("qwen2"), _plain(micro_batch="auto")),
     "lora": Case(_text("qwen2"), _lora()),
@@ -129,8 +150,8 @@ CASES: Mapping[str, Case] = {
     "sharded_checkpointed": Case(
         _text("llama"), _plain(sharding="fsdp2", gradient_checkpointing=True)
     ),
-    "image_full": Case(_image, _pictures()),
-    "image_lora": Case(_image, _pictures(adapter=LoRA(rank=4))),
+    "image_full": Case(_image, _pictures(), DPO(beta=30.0)),
+    "image_lora": Case(_image, _pictures(adapter=LoRA(rank=4)), DPO(beta=30.0)),
 }
 """Played without sharding where one process is alone."""
 
@@ -182,7 +203,7 @@ def play(
     folder.mkdir(parents=True, exist_ok=True)
     run = build(
         case.policy(),
-        DPO(beta=30.0 if image else 0.1),
+        case.method,
         arguments.pop("data"),
         run_dir=run_dir or folder / "run",
         resume=resume,

@@ -14,7 +14,7 @@ from tests.distributed.launch import play_world
 
 pytestmark = pytest.mark.slow
 
-NAMES = ("full", "tied", "lora")
+NAMES = ("full", "tied", "lora", "coupled", "singles")
 POISONED = 5
 
 

@@ -21,7 +21,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`:UserWarning"),
 ]
 
-FULL = ("sharded_full", "sharded_tied", "sharded_checkpointed")
+FULL = ("sharded_full", "sharded_tied", "sharded_checkpointed", "sharded_coupled")
 NAMES = (*FULL, "sharded_lora", "sharded_continued")
 
 
