@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from alignkit import checkpoint
+from alignkit.checks.rows import check_columns
 from alignkit.config import RunConfig, changed_keys, check, resolve_data_options, to_mapping
-from alignkit.criteria import describe
+from alignkit.criteria import criterion_of, describe
 from alignkit.errors import CheckpointError, ConfigError
 from alignkit.objectives.preference import PreferenceObjective
 from alignkit.options import LoRA
@@ -31,6 +32,7 @@ def assemble(config: RunConfig) -> Run | FinishedRun:
     modality = modality_of(config.policy)
     check(config, modality)
     check_places(config, modality)
+    check_columns(config, criterion_of(config.method, modality))
     if config.trainer.max_steps is None and config.trainer.epochs is None:
         config = replace(config, trainer=replace(config.trainer, epochs=1.0))
     runtime = Runtime(
