@@ -84,3 +84,50 @@ def test_fp16_scales_gradients_and_skips_what_overflows() -> None:
     start = table_objective(8, beta=1e4).backend.module.logps.detach()
     assert torch.equal(weights(overflown), start)
     assert isinstance(Runtime(precision="fp16").scaler, torch.amp.GradScaler)
+
+
+def test_trackers_are_told_what_is_logged(tmp_path) -> None:
+    """A tracker of the user's own, by the name that it was registered under."""
+    from accelerate import tracking
+
+    told: list[tuple[int, dict[str, float]]] = []
+
+    class Notes(tracking.GeneralTracker):
+        name = "notes"
+        requires_logging_directory = False
+        main_process_only = True
+
+        def __init__(self, project: str, **_: Any) -> None:
+            super().__init__()
+            assert project == "alignkit"
+
+        @property
+        def tracker(self) -> None:
+            return None
+
+        def store_init_configuration(self, values: dict[str, Any]) -> None:
+            assert "'loss': 'sigmoid'" in values["run"]
+
+        def log(self, values: dict[str, Any], step: int | None = None, **_: Any) -> None:
+            assert step is not None
+            told.append((step, values))
+
+    given = TrainerOptions(
+        max_steps=5, batch_size=2, log_every=2, eval_every=3, trackers=("notes",)
+    )
+    arguments: dict[str, Any] = {"eval_data": pair_rows(2), "trainer": given, "run_dir": tmp_path}
+    policy = tiny_lm(), tiny_tokenizer()
+    if not hasattr(tracking, "register_tracker_class"):
+        pytest.skip("this accelerate registers no trackers")
+    with pytest.raises(ConfigError, match="Unknown tracker 'notes'"):
+        build(policy, DPO(), pair_rows(4), **arguments)
+    tracking.register_tracker_class(Notes)
+    try:
+        result = align(policy, DPO(), pair_rows(10), **arguments)
+    finally:
+        del tracking.LOGGER_TYPE_TO_CLASS["notes"]
+    assert [step for step, _ in told] == [1, 2, 3, 4, 5]
+    for step, values in told:
+        line = dict(result.history[step - 1])
+        assert values == {k: v for k, v in line.items() if k != "step"}
+    assert "eval/loss" in told[2][1] and "rewards/margins" not in told[2][1]

@@ -110,12 +110,14 @@ def check_outlets(config: RunConfig) -> None:
 
 def _check_trackers(names: Sequence[str], folder: bool) -> None:
     from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
+    from accelerate.utils import LoggerType
 
+    # Those of accelerate need a package each; a user's own may be registered there, too.
     known = [str(name) for name in LOGGER_TYPE_TO_CLASS]
     there = [str(name) for name in get_available_trackers()]
     for name in names:
         refuse_unknown("tracker", name, known)
-        if name not in there:
+        if name in LoggerType.list() and name not in there:
             raise ConfigError(
                 f"trainer.trackers: the package of {name!r} is not installed. Install it, or leave "
                 f"the tracker out. Installed: {', '.join(there) or 'none'}."

@@ -141,9 +141,12 @@ def mean_alignment(
 
 
 def repeated_layers(model: nn.Module) -> list[nn.Module]:
-    """The members of the longest `nn.ModuleList` of the model: its transformer blocks."""
-    lists = [list(m) for m in model.modules() if isinstance(m, nn.ModuleList)]
-    return max(lists, key=len, default=[])
+    """The members of the model's largest `nn.ModuleList`: its transformer blocks.
+
+    The largest by parameters: the experts inside a block may be more, but not larger.
+    """
+    lists = [m for m in model.modules() if isinstance(m, nn.ModuleList)]
+    return list(max(lists, key=lambda m: sum(p.numel() for p in m.parameters()), default=[]))
 
 
 class TextBackend:

@@ -7,10 +7,11 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 from alignkit.batches import Batch
 from alignkit.options import TextOptions
-from alignkit.text.likelihood import TextBackend
+from alignkit.text.likelihood import TextBackend, repeated_layers
 from tests.builders import text_wing, token_rows
 
 ROWS = [
@@ -138,6 +139,18 @@ def test_no_logit_is_computed_before_the_first_completion() -> None:
     row = {"prompt_ids": [5] * 50, "chosen_ids": [6] * 3, "rejected_ids": [7] * 2}
     wing.backend.module(make_batch([row]))
     assert shapes == [(2, 4, wing.policy.config.vocab_size)]
+
+
+def test_blocks_are_the_layers_and_not_the_experts_inside_them() -> None:
+    class Layer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.attention = nn.Linear(4, 4)
+            self.experts = nn.ModuleList(nn.Linear(4, 4) for _ in range(8))
+
+    model = nn.Sequential(nn.Embedding(9, 4), nn.ModuleList(Layer() for _ in range(2)))
+    assert [type(block) for block in repeated_layers(model)] == [Layer, Layer]
+    assert repeated_layers(nn.Linear(2, 2)) == []
 
 
 def test_an_unknown_extra_is_refused() -> None:
