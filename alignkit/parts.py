@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from functools import partial
 from importlib import import_module
 from pathlib import Path
@@ -65,9 +66,23 @@ def modality_of(policy: Any, what: str = "policy") -> str:
     has_file = _local_file if Path(policy).exists() else partial(_hub_file, what=what)
     if has_file(str(policy), "model_index.json"):
         return "image"
+    if part := _pipeline_part(Path(policy)):
+        raise ConfigError(
+            f"{what} must be a whole pipeline; {str(policy)!r} is its {part} alone. Give the "
+            f"folder around it, {str(Path(policy).parent)!r}."
+        )
     if has_file(str(policy), "config.json") or has_file(str(policy), "adapter_config.json"):
         return "text"
     raise ConfigError(_neither(str(policy)))
+
+
+def _pipeline_part(folder: Path) -> str | None:
+    """The class of the diffusers model in a local folder, None if there is something else."""
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return config.get("_class_name") if isinstance(config, dict) else None
 
 
 def _local_file(folder: str, name: str) -> bool:

@@ -141,6 +141,13 @@ def test_a_folder_that_is_no_policy(tmp_path: Path) -> None:
     assert not (tmp_path / "run").exists()
 
 
+def test_a_part_of_a_pipeline_is_no_policy(inputs: Inputs, tmp_path: Path) -> None:
+    pipeline = inputs("image") / "policy"
+    with pytest.raises(ConfigError, match=rf"UNet2DConditionModel alone.*'{pipeline}'"):
+        align(str(pipeline / "unet"), DPO(), PLAIN, run_dir=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.parametrize(
     ("wing", "file"),
     [

@@ -63,6 +63,11 @@ def make_pipeline(
     latent_channels: int = 4,
     width: int = 32,
     beta_end: float = 0.012,
+    layers: int = 1,
+    levels: int = 2,
+    pooled: int = 20,
+    time_features: int = 8,
+    linear_projection: bool = True,
 ) -> Any:
     """An SDXL pipeline of about 100,000 parameters; `vae_levels` 2 halves, 3 quarters."""
     import diffusers
@@ -89,18 +94,18 @@ def make_pipeline(
         sample_size=sample_size,
         in_channels=latent_channels,
         out_channels=latent_channels,
-        block_out_channels=(16, width),
-        layers_per_block=1,
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-        transformer_layers_per_block=(1, 1),
-        attention_head_dim=(2, 4),
+        block_out_channels=(16, *(width,) * (levels - 1)),
+        layers_per_block=layers,
+        down_block_types=("DownBlock2D", *("CrossAttnDownBlock2D",) * (levels - 1)),
+        up_block_types=(*("CrossAttnUpBlock2D",) * (levels - 1), "UpBlock2D"),
+        transformer_layers_per_block=(*range(1, levels), 1),
+        attention_head_dim=(2, *(4,) * (levels - 1)),
         norm_num_groups=8,
         cross_attention_dim=16 + 24,
-        use_linear_projection=True,
+        use_linear_projection=linear_projection,
         addition_embed_type="text_time",
-        addition_time_embed_dim=8,
-        projection_class_embeddings_input_dim=6 * 8 + 20,
+        addition_time_embed_dim=time_features,
+        projection_class_embeddings_input_dim=6 * time_features + pooled,
     )
     vae = diffusers.AutoencoderKL(
         block_out_channels=(8,) * vae_levels,
@@ -120,7 +125,7 @@ def make_pipeline(
     return diffusers.StableDiffusionXLPipeline(
         vae=vae.eval(),
         text_encoder=CLIPTextModel(text_config(16, 16)).eval(),
-        text_encoder_2=CLIPTextModelWithProjection(text_config(24, 20)).eval(),
+        text_encoder_2=CLIPTextModelWithProjection(text_config(24, pooled)).eval(),
         tokenizer=tokenizer,
         tokenizer_2=make_tokenizer(),
         unet=unet.eval(),

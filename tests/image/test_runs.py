@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 
 from alignkit import DPO, GenerationOptions, ImageOptions, LoRA, TrainerOptions, align, build
 from tests.faults.runs import assert_same_folder
@@ -88,3 +91,59 @@ def test_held_out_rows_are_not_augmented(rows: list[dict[str, Any]]) -> None:
     plain, augmented = held_out(ImageOptions()), held_out(AUGMENTED)
     for name in plain:
         assert (plain[name] == augmented[name]) == name.startswith("eval/"), name
+
+
+OTHERS: dict[str, dict[str, Any]] = {
+    "as SDXL is built": {
+        "levels": 3,
+        "layers": 2,
+        "vae_levels": 4,
+        "pooled": 28,
+        "time_features": 12,
+        "scheduler": "DPMSolverMultistepScheduler",
+    },
+    "v-prediction, convolutions, no VAE shrinking": {
+        "prediction_type": "v_prediction",
+        "linear_projection": False,
+        "vae_levels": 1,
+        "latent_channels": 3,
+        "force_zeros": False,
+        "scheduler": "DDIMScheduler",
+    },
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("adapter", [None, LoRA(rank=2, targets="all")], ids=["whole", "lora"])
+@pytest.mark.parametrize("shape", OTHERS)
+def test_pipelines_of_other_shapes(
+    shape: str, adapter: LoRA | None, rows: list[dict[str, Any]], tmp_path: Path
+) -> None:
+    """From a folder to a folder, whose pipeline draws the same pictures by itself."""
+    from diffusers import DiffusionPipeline
+
+    base = tmp_path / "base"
+    make_pipeline(**OTHERS[shape]).save_pretrained(base)
+    result = align(
+        str(base),
+        DPO(beta=500),
+        rows,
+        adapter=adapter,
+        generation=GenerationOptions(steps=2),
+        trainer=TrainerOptions(max_steps=3, batch_size=4, learning_rate=1e-2, precision="fp32"),
+        run_dir=tmp_path / "run",
+    )
+    assert result.history[0]["loss"] == pytest.approx(math.log(2), abs=1e-7)
+    assert result.history[0]["rewards/margins"] == 0
+    model = result.run_dir / "model"
+    mine = DiffusionPipeline.from_pretrained(base if adapter else model)
+    if adapter:
+        mine.load_lora_weights(model)
+
+    def draw(pipe: Any) -> np.ndarray:
+        seeded = torch.Generator().manual_seed(0)
+        call = {"num_inference_steps": 2, "output_type": "np", "generator": seeded}
+        return pipe("a red circle", **call).images
+
+    assert np.allclose(draw(mine), draw(result.model), atol=1e-4)
+    assert not np.allclose(draw(mine), draw(DiffusionPipeline.from_pretrained(base)), atol=1e-2)
