@@ -240,13 +240,15 @@ def test_work_after_the_last_checkpoint_is_done_again_and_told_once(tmp_path) ->
     assert without_seconds(again.history) == without_seconds(whole.history)
 
 
-def test_a_damaged_newest_checkpoint_costs_one_save_and_nothing_else(tmp_path, caplog) -> None:
+def test_a_damaged_newest_checkpoint_costs_one_save_and_nothing_else(
+    tmp_path, caplog, capsys
+) -> None:
     whole = run_to_end("lora", tmp_path / "whole")
     interrupt(3, "lora", tmp_path / "parts")
     flip(ck.folder_of(tmp_path / "parts" / "checkpoints", 3) / ck.TENSORS)
     with caplog.at_level(logging.INFO, "alignkit"):
         again = run_to_end("lora", tmp_path / "parts")
-    assert "step-000003" in caplog.text and "Resumed from" in caplog.text
+    assert "step-000003" in caplog.text and "Resumed from" in capsys.readouterr().err
     assert without_seconds(again.history) == without_seconds(whole.history)
 
 

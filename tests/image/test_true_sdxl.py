@@ -15,6 +15,7 @@ import torch
 from alignkit.adapters import adapters_off
 from alignkit.batches import Batch
 from alignkit.losses import PREFERENCE_LOSSES
+from alignkit.objectives.criterion import Criterion
 from alignkit.objectives.preference import PreferenceObjective
 from alignkit.options import LoRA
 from alignkit.reference import SwitchedAdapter
@@ -128,8 +129,7 @@ def test_a_step_costs_what_it_must() -> None:
     objective = PreferenceObjective(
         ImageBackend(module, family, memory),
         SwitchedAdapter(ImageBackend(module, family, memory), lambda: adapters_off(unet)),
-        PREFERENCE_LOSSES["sigmoid"],
-        beta=5000.0,
+        Criterion.of(PREFERENCE_LOSSES["sigmoid"], beta=5000.0),
         budget=1,
     )
     latents = tuple(torch.empty(4, 128, 128, device=META) for _ in range(2))
