@@ -97,7 +97,7 @@ class Objective(Protocol):
         ...
 
     def micro_batches(self, batch: Batch, step: int) -> Iterable[Any]:
-        """The pieces of `batch`, each evaluated, differentiated and forgotten in turn."""
+        """The pieces of `batch`, each evaluated and forgotten in turn; step 0 is evaluation."""
         ...
 
     def absent(self, micro: Any) -> Any:

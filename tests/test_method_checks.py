@@ -7,10 +7,11 @@ from dataclasses import replace
 from typing import Any, get_args
 
 import pytest
+import yaml
 
 from alignkit import DPO, KTO, ConfigError, DataError, ImageOptions, PrecomputedReference, align
 from alignkit.checks.rows import check_columns
-from alignkit.config import RunConfig, check
+from alignkit.config import RunConfig, check, from_mapping, to_mapping
 from alignkit.criteria import criterion_of, describe
 from alignkit.losses import LOSSES, PREFERENCE_LOSSES, UNPAIRED_LOSSES
 from alignkit.losses.divergences import DIVERGENCES
@@ -166,3 +167,43 @@ def test_columns_that_a_loss_needs_are_asked_for_before_loading() -> None:
         from tests.builders import pair_rows, tiny_lm, tiny_tokenizer
 
         align((tiny_lm(), tiny_tokenizer()), DPO("odpo"), pair_rows(4))
+
+
+# --- files -----------------------------------------------------------------------------------
+
+WRITTEN = [
+    DPO(
+        {"sigmoid": 0.8, "robust": 0.2},
+        0.3,
+        divergence="alpha",
+        divergence_alpha=0.25,
+        weighting="wpo",
+        ld_alpha=0.5,
+        anchor=1.0,
+        label_smoothing=0.2,
+    ),
+    DPO("best_of_k"),
+    DPO("mapo", timestep_weighting="min_snr", safeguard=0.6, snr_scale=0.4),
+    KTO("bco", 0.2, desirable_weight=1.5, undesirable_weight=0.5, momentum=0.8),
+]
+
+
+@pytest.mark.parametrize("method", WRITTEN, ids=str)
+def test_a_method_reads_back_from_its_file(method) -> None:
+    mapping = to_mapping(run(method))
+    again = from_mapping(yaml.safe_load(yaml.safe_dump(mapping)))
+    assert again.method == method and to_mapping(again) == mapping
+
+
+def test_options_in_a_file_are_read_by_their_type_or_refused() -> None:
+    def read(**method: Any) -> Any:
+        return from_mapping({"policy": "p", "data": "d", "method": method}).method
+
+    assert read(name="kto", desirable_weight="1e0").desirable_weight == 1.0
+    assert read(name="dpo", loss={"sigmoid": 1, "hinge": "5e-1"}).loss["hinge"] == 0.5
+    with pytest.raises(ConfigError, match=r"method\.divergence must be 'reverse_kl' or"):
+        read(name="dpo", divergence="forward")
+    with pytest.raises(ConfigError, match=r"method\.ld_alpha must be a number or null"):
+        read(name="dpo", ld_alpha="much")
+    with pytest.raises(ConfigError, match=r"method\.loss\.sigmoid must be a number"):
+        read(name="dpo", loss={"sigmoid": "x"})

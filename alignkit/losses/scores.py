@@ -126,7 +126,7 @@ class UnpairedScores:
         length: (B,) completion tokens.
         weight: (B,) applied by the objective.
         kl: (B,) or None, log-ratios of mismatched answers (another prompt's answer to this prompt),
-            for a KL baseline.
+            for a KL baseline: only their weighted mean over the global batch may enter a loss.
     """
 
     policy: Float[Tensor, " B"]

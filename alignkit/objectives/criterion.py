@@ -91,8 +91,13 @@ class Criterion:
 
     @property
     def couples(self) -> bool:
-        """Whether an example's loss, or the loss's state, depends on the whole global batch."""
-        return self.loss.coupled or self.loss.update is not None
+        """Whether an example's loss, or the loss's state, depends on the scores of the whole global
+        batch. The mean of `kl` alone does not count: it is known before the losses are.
+        """
+        parts = self.loss.parts if isinstance(self.loss, WeightedSum) else ((1.0, self.loss),)
+        return any(
+            row.update is not None or (row.coupled and "kl" not in row.needs) for _, row in parts
+        )
 
     def next_state(self, scores: Scores, state: State) -> State:
         """The loss's state after seeing a global batch."""

@@ -38,7 +38,7 @@ def couple(
     """
     position = torch.cat([piece.batch.position for piece in pieces])  # (B_own,) on the CPU
     weight = torch.cat([piece.batch.weights() for piece in pieces])
-    present = weight > 0
+    present = (weight > 0).nonzero().flatten()
     columns = _columns(scored)
     table = torch.stack([value.detach() for value in columns.values()], dim=1)  # (B_own, F)
 
@@ -46,6 +46,7 @@ def couple(
     order, places = order.sort()
     weight = collective.gather(weight[present])[places]
     table = collective.gather(table[present.to(table.device)])[places.to(table.device)]
+    sound = table.isfinite().all()
 
     found = dict(zip(columns, table.unbind(1), strict=True))
     factor = found.pop("factor", None)
@@ -55,7 +56,7 @@ def couple(
     own = torch.searchsorted(order, position).clamp(max=len(order) - 1)
     split = own.split([piece.batch.num_groups for piece in pieces])
     return [
-        _known(piece, one, where, losses, slopes)
+        _known(piece, one, where, losses, slopes, sound)
         for piece, one, where in zip(pieces, scored, split, strict=True)
     ]
 
@@ -98,9 +99,14 @@ def _slopes(
 
 
 def _known(
-    piece: Micro, scored: Scored, where: Tensor, losses: Tensor, slopes: dict[str, Tensor]
+    piece: Micro,
+    scored: Scored,
+    where: Tensor,
+    losses: Tensor,
+    slopes: dict[str, Tensor],
+    sound: Tensor,
 ) -> Known:
     where = where.to(losses.device)
     there = (piece.batch.weights() > 0).to(losses)
     own = {name: slope[where] * there for name, slope in slopes.items()}
-    return Known(scored, losses[where], own)
+    return Known(scored, losses[where], own, sound)

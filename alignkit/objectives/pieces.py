@@ -41,6 +41,12 @@ class Scored:
         weight = self.weight if self.factor is None else self.weight * self.factor
         return (losses.double() * weight).sum()
 
+    def finite(self) -> Tensor:
+        """(G,) bool: whether the policy's numbers are."""
+        named = vars(self.scores).items()
+        found = [value.isfinite() for name, value in named if name.startswith("policy")]
+        return torch.stack(found).all(0)
+
     def anchored(self) -> Tensor | float:
         """The summed anchor term."""
         return 0.0 if self.anchor is None else (self.anchor.double() * self.weight).sum()
@@ -54,11 +60,13 @@ class Known:
         scored: the piece's numbers.
         losses: (G,) its losses, as parts of the global batch.
         slopes: field of the scores -> d (summed loss of the global batch) / d field.
+        sound: () bool, whether all scores of the global batch are finite.
     """
 
     scored: Scored
     losses: Tensor
     slopes: Mapping[str, Tensor]
+    sound: Tensor
 
     def surrogate(self, scores: Scores) -> Tensor:
         """The piece's summed loss as a number, with the gradient that it has in the global batch:
@@ -77,7 +85,7 @@ class Micro:
     Attributes:
         batch: the piece.
         key: of its draws: (seed, step).
-        kl: (G,) log-ratios of mismatched answers, where the losses need them.
+        kl: (G,) mean log-ratio of mismatched answers, where the loss needs it.
         known: of an earlier pass over the global batch, where the losses couple it.
     """
 
@@ -85,6 +93,13 @@ class Micro:
     key: Key
     kl: Tensor | None = None
     known: Known | None = None
+
+    @property
+    def sound(self) -> bool:
+        """Whether what comes from the batch's other rows is finite. Reads the device."""
+        if self.known is not None:
+            return bool(self.known.sound)
+        return self.kl is None or bool(self.kl.isfinite().all())
 
     def absent(self) -> Micro:
         """A piece of one row that occupies a process and adds nothing, also to a second pass."""
@@ -113,4 +128,4 @@ def _absent(known: Known, answers: int) -> Known:
         value = getattr(scored, name)
         nothing[name] = None if value is None else value[:1]
     slopes = {name: torch.zeros_like(value[:1]) for name, value in known.slopes.items()}
-    return Known(Scored(**nothing), known.losses[:1], slopes)
+    return Known(Scored(**nothing), known.losses[:1], slopes, known.sound)

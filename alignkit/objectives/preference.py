@@ -86,7 +86,7 @@ class PreferenceObjective:
         batch, key = _present(batch), (self.seed, step)
         kl = self._kl_baseline(batch, key) if "kl" in self.criterion.loss.needs else None
         pieces = [
-            Micro(piece, key, None if kl is None else kl[_places(piece, batch, kl.device)])
+            Micro(piece, key, None if kl is None else kl[: piece.num_groups])
             for piece in self.backend.split(batch, self.budget)
         ]
         alone = self.collective.size == 1 and len(pieces) == 1
@@ -107,7 +107,9 @@ class PreferenceObjective:
 
     @torch.no_grad()
     def _kl_baseline(self, batch: Batch, key: Key) -> Tensor:
-        """(G,) log-ratios of each prompt with another prompt's answer."""
+        """(G,) log-ratios of prompts with other prompts' answers: their mean over the global batch,
+        which is all that a loss takes of them.
+        """
         if batch.mismatched is None:
             raise ValueError(
                 "This loss estimates a KL from answers to other prompts, and the batch has none. "
@@ -115,10 +117,10 @@ class PreferenceObjective:
             )
         pieces = [Micro(p, key) for p in self.backend.split(batch.mismatched, self.budget)]
         found = [self._log_ratio(piece) for piece in self._evened(pieces)][: len(pieces)]
-        kl = torch.empty(batch.num_groups, device=found[0].device)
-        for piece, values in zip(pieces, found, strict=True):
-            kl[_places(piece.batch, batch, kl.device)] = values
-        return kl
+        ratios = torch.cat(found).double()
+        weight = torch.cat([piece.batch.weights() for piece in pieces]).to(ratios)
+        total, count = self.collective.sum(torch.stack([(ratios * weight).sum(), weight.sum()]))
+        return (total / count).float().expand(batch.num_groups)
 
     def _log_ratio(self, micro: Micro) -> Tensor:
         policy, reference = log_likelihoods(self.backend, self.reference, micro.batch, micro.key)
@@ -165,7 +167,8 @@ class PreferenceObjective:
         device = policy.total.device
         fields: dict[str, Tensor] = {}
         weight = micro.batch.weights()
-        if bool((weight != 1).any()):
+        # An absent row has weight 0, of which no statistic could be made.
+        if bool((weight != 1).any()) and bool((weight > 0).all()):
             fields["weight"] = weight.to(device, torch.float32, non_blocking=True)
         if micro.kl is not None:
             fields["kl"] = micro.kl
@@ -220,8 +223,12 @@ class PreferenceObjective:
         """The row ids whose own loss is not finite."""
         scored, losses = self._known(micro)
         own = losses if scored.anchor is None else losses + scored.anchor
-        bad = (~own.isfinite()).tolist()
-        return [row for row, is_bad in zip(self.rows_of(micro), bad, strict=True) if is_bad]
+        bad = ~own.isfinite()
+        if not micro.sound:
+            # One row spoils the losses of all; it is the one whose own scores are not finite.
+            bad = ~scored.finite()
+        rows = zip(self.rows_of(micro), bad.tolist(), strict=True)
+        return [row for row, is_bad in rows if is_bad]
 
     def rows_of(self, micro: Micro) -> list[int]:
         return micro.batch.row_id.tolist()
@@ -244,8 +251,3 @@ def _present(batch: Batch) -> Batch:
     if not present:
         return batch.select([0])
     return batch if len(present) == batch.num_groups else batch.select(present)
-
-
-def _places(piece: Batch, batch: Batch, device: torch.device) -> Tensor:
-    """Where the groups of a piece stand in the batch that it was split from."""
-    return torch.searchsorted(batch.position, piece.position).to(device)

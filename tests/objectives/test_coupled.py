@@ -11,7 +11,7 @@ from torch import Tensor
 
 from alignkit.batches import Batch
 from alignkit.draws import generator
-from alignkit.losses import LOSSES, PairScores, UnpairedScores
+from alignkit.losses import LOSSES, PairScores, UnpairedScores, weighted_sum
 from alignkit.objectives.criterion import Criterion
 from alignkit.objectives.preference import PreferenceObjective
 from alignkit.reference import FrozenModel
@@ -190,3 +190,38 @@ def test_the_baseline_of_kto_has_no_gradient_and_needs_mismatched_answers() -> N
     alone = replace(batch_of("kto"), mismatched=None)
     with pytest.raises(ValueError, match=r"Make its source with RowSource\(\.\.\., mismatched=T"):
         objective_of("kto").micro_batches(alone, 1)
+
+
+def poisoned(name: str, budget: int, row: int) -> list[int]:
+    """The rows that are named when one row's log-likelihood is not finite."""
+    objective = objective_of(name, budget)
+    with torch.no_grad():
+        cell = row if "kl" in LOSSES[name].needs else 2 * row
+        objective.backend.module.logps[cell] = torch.nan
+    micros = objective.micro_batches(batch_of(name), step=1)
+    return [found for micro in micros for found in objective.culprits(micro)]
+
+
+@pytest.mark.parametrize("name", ["aot", "beta_dpo", "kto"])
+def test_a_row_that_is_not_finite_is_named_and_not_those_that_it_spoils(name) -> None:
+    assert poisoned(name, 4, 5) == [105]
+
+
+def test_kto_needs_no_second_pass_and_aot_does() -> None:
+    for name, passes in (("kto", 2), ("aot", 2), ("sigmoid", 1)):
+        objective = objective_of(name, budget=4)
+        calls = []
+        objective.backend.module.register_forward_hook(lambda *_, calls=calls: calls.append(1))
+        micros = objective.micro_batches(batch_of(name), step=1)
+        for micro in micros:
+            objective(micro)
+        # KTO's other pass is over the mismatched answers.
+        assert len(calls) == passes * len(micros) == passes * 4, name
+        assert (micros[0].known is None) == (name != "aot")
+
+
+def test_a_sum_couples_as_its_parts_do() -> None:
+    table = {name: LOSSES[name] for name in ("kto", "nca", "bco")}
+    for names, couples in ((("kto", "nca"), False), (("kto", "bco"), True), (("nca",), False)):
+        total = weighted_sum(dict.fromkeys(names, 1.0), table)
+        assert Criterion.of(total, beta=BETA).couples is couples
