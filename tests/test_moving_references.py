@@ -248,6 +248,21 @@ def test_a_table_of_the_reference_s_numbers_stands_for_it(as_file, tmp_path) -> 
         assert record.grad_norm == pytest.approx(other.grad_norm, rel=1e-4)
 
 
+def test_a_table_serves_rankings_too() -> None:
+    from tests.test_every_loss_text import group_rows
+
+    method, rows = DPO("plackett_luce"), group_rows(8)
+    table = precompute_reference(text_policy(), rows, kind="groups")
+    assert {len(values) for values in table.values()} == {2, 3, 4}
+    options = (PrecomputedReference(table), "frozen")
+    mine, theirs = (
+        list(build(text_policy(), method, rows, reference=option, trainer=FEW).steps())
+        for option in options
+    )
+    for record, other in zip(mine, theirs, strict=True):
+        assert record.loss == pytest.approx(other.loss, abs=1e-5)
+
+
 def test_a_table_without_a_row_of_the_data_is_refused() -> None:
     table = {row: [-1.0, -2.0] for row in range(7)}
     run = build(

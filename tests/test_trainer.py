@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_flatten
 
 from alignkit import LoRA, Trainer, TrainerOptions
 from alignkit.errors import ConfigError, DataError, NonFiniteError
-from alignkit.losses import PREFERENCE_LOSSES, PairScores
+from alignkit.losses import PREFERENCE_LOSSES, PairScores, weighted_sum
 from alignkit.objectives.criterion import Criterion
 from alignkit.objectives.preference import PreferenceObjective
 from alignkit.options import TextOptions
@@ -279,10 +279,10 @@ def count_reads(trainer: Trainer, monkeypatch: Any) -> list[int]:
     return found
 
 
-@pytest.mark.parametrize("wing", [False, True], ids=["table", "text"])
-def test_a_step_reads_the_device_once_and_a_logged_one_twice(monkeypatch, wing) -> None:
+@pytest.mark.parametrize("kind", ["table", "coupled", "text"])
+def test_a_step_reads_the_device_once_and_a_logged_one_twice(monkeypatch, kind) -> None:
     options: dict[str, Any] = {"epochs": None, "max_steps": 6, "log_every": 3}
-    if wing:
+    if kind == "text":
         text = text_wing("llama", LoRA(rank=2))
         examples = text.examples(token_rows(8), TextOptions(), kind="pairs", seed=0)
         objective = PreferenceObjective(
@@ -293,7 +293,10 @@ def test_a_step_reads_the_device_once_and_a_logged_one_twice(monkeypatch, wing) 
         )
         trainer = trainer_of(8, 4, objective=objective, examples=examples, **options)
     else:
-        trainer = trainer_of(8, 4, objective=table_objective(8, budget=2), **options)
+        # Two passes over the batch, a state, and no further read.
+        coupled = weighted_sum({"aot": 1.0, "beta_dpo": 1.0}, PREFERENCE_LOSSES)
+        loss = coupled if kind == "coupled" else PREFERENCE_LOSSES["sigmoid"]
+        trainer = trainer_of(8, 4, objective=table_objective(8, loss=loss, budget=2), **options)
     assert count_reads(trainer, monkeypatch) == [2, 1, 2, 1, 1, 2]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from alignkit.errors import ConfigError, DataError
@@ -35,8 +36,9 @@ def check_columns(config: RunConfig, criterion: Criterion) -> None:
     if criterion.kind.rows != "pairs":
         refused |= dict.fromkeys(_OF_PAIRS, f"it speaks of a pair, and rows are {_rows(criterion)}")
     needed = [name for name in loss.needs if name in COLUMNS]
-    if not refused and not needed:
-        return
+    streamed = not isinstance(config.data, (str, Path)) and not hasattr(config.data, "__len__")
+    if streamed or not (refused or needed):
+        return  # a stream would be read to its end for its first row
     rows = read_rows(config.data, columns=_renamed(config.data_options))
     first = rows[0]
     for name, reason in refused.items():
