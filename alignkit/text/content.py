@@ -22,11 +22,14 @@ class TextContent:
         prompts: G id arrays, each with at least one token.
         completions: N id arrays, group-major, each with at least one token.
         owner: for each answer the index of its prompt.
+        scored: N bool arrays as long as the completions, True on the tokens that count to the
+            likelihood; None where all do. The others are context, such as a user's later turns.
     """
 
     prompts: tuple[Ids, ...]
     completions: tuple[Ids, ...]
     owner: tuple[int, ...]
+    scored: tuple[np.ndarray, ...] | None = None
 
     def select(self, groups: Sequence[int], answers: Sequence[int]) -> TextContent:
         place = {group: new for new, group in enumerate(groups)}
@@ -34,6 +37,7 @@ class TextContent:
             prompts=tuple(self.prompts[g] for g in groups),
             completions=tuple(self.completions[a] for a in answers),
             owner=tuple(place[self.owner[a]] for a in answers),
+            scored=self._scored(answers),
         )
 
     def recombine(self, groups: Sequence[int], answers: Sequence[int]) -> TextContent:
@@ -42,7 +46,11 @@ class TextContent:
             prompts=tuple(self.prompts[g] for g in groups),
             completions=tuple(self.completions[a] for a in answers),
             owner=tuple(range(len(answers))),
+            scored=self._scored(answers),
         )
+
+    def _scored(self, answers: Sequence[int]) -> tuple[np.ndarray, ...] | None:
+        return None if self.scored is None else tuple(self.scored[a] for a in answers)
 
     def lengths(self) -> list[int]:
         """Tokens of each answer with its prompt."""
@@ -60,7 +68,7 @@ class Rows:
         ids: (N, S) token ids; padding is 0 and masked by position, so any id may be the pad.
         attention: (N, S) bool, True on real tokens.
         start: the first position of any completion.
-        completion: (N, S - start) bool, True on completion tokens.
+        completion: (N, S - start) bool, True on the completion tokens that are scored.
     """
 
     ids: Int[Tensor, "N S"]
@@ -95,6 +103,8 @@ def pad_rows(content: TextContent) -> Rows:
     start = int(begins.min())
     attention = places < ends[:, None]
     completion_mask = attention & (places >= begins[:, None])
+    for row, scored in enumerate(content.scored or ()):
+        completion_mask[row, begins[row] : lengths[row]] = scored
     return Rows(
         torch.from_numpy(ids),
         torch.from_numpy(attention),

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -167,3 +169,31 @@ def test_auto_micro_batches_hold_every_group_once_within_the_budget(monkeypatch)
     for piece in pieces:
         padded = piece.num_answers * max(piece.content.lengths())
         assert padded <= 60 or piece.num_groups == 1
+
+
+def test_tokens_that_are_not_scored_are_context_and_no_more() -> None:
+    """The same row, of whose answers some tokens do not count: their log-probabilities are left
+    out, and those of the others stay as they were.
+    """
+    batch, module = make_batch(), text_wing().backend.module
+    want = frozenset({"token_logps", "token_mask"})
+    whole = module(batch, want=want)
+    draw = np.random.default_rng(0)
+    scored = tuple(draw.random(len(ids)) < 0.6 for ids in batch.content.completions)
+    marked = replace(batch, content=replace(batch.content, scored=scored))
+    found = module(marked, want=want)
+    counts = torch.zeros_like(whole.extras["token_mask"])
+    for row, one in enumerate(scored):
+        counts[row][whole.extras["token_mask"][row]] = torch.from_numpy(one)
+    assert 0 < counts.sum() < whole.extras["token_mask"].sum()
+    assert torch.equal(found.extras["token_mask"], counts)
+    assert torch.equal(found.extras["token_logps"], whole.extras["token_logps"] * counts)
+    assert torch.equal(found.length, counts.sum(-1).float())
+    torch.testing.assert_close(found.total, found.extras["token_logps"].sum(-1))
+    # The marks go with their answers, wherever a batch is cut or crossed.
+    part = module(marked.select([3, 1]), want=want)
+    torch.testing.assert_close(part.length, found.length[[6, 7, 2, 3]])
+    torch.testing.assert_close(part.total, found.total[[6, 7, 2, 3]])
+    crossed = marked.content.recombine([0, 1], [5, 2])
+    assert crossed.scored is not None
+    assert all(map(np.array_equal, crossed.scored, (scored[5], scored[2])))
