@@ -10,7 +10,7 @@ import typer
 from typer.core import TyperGroup
 
 from alignkit import __version__
-from alignkit.commands import listing
+from alignkit.commands import cache, listing
 from alignkit.errors import AlignkitError
 
 
@@ -152,6 +152,7 @@ def report(run: Annotated[Path, typer.Argument(help="A run folder.")]) -> None:
     typer.echo(rebuild(run))
 
 
+app.add_typer(cache.app, name="cache")
 app.command("methods")(listing.list_methods)
 app.command("losses")(listing.list_losses)
 app.command()(listing.cite)
