@@ -183,7 +183,7 @@ def _sources(
             epochs=epochs,
             seed=config.seed,
             processes=runtime,
-            shuffle=training,
+            shuffle=training and config.trainer.shuffle,
             mismatched="kl" in objective.criterion.loss.needs,
         )
 

@@ -46,6 +46,8 @@ class TrainerOptions:
         batch_size: examples (pairs, groups) one optimizer step sees in total, over all processes
             and accumulation. Batches run on across epochs; no row is dropped.
         micro_batch: examples per forward, or "auto" by a token or pixel budget.
+        shuffle: a new order of the rows in every epoch, from the seed; False keeps the data's order
+            (curricula, comparisons).
         learning_rate: None takes the default of the method and wing, which is printed.
         warmup: a share of all steps (float below 1) or a number of steps (int).
         precision: "auto" is bf16 on GPUs that have it and fp32 elsewhere. What is trained always
@@ -62,6 +64,7 @@ class TrainerOptions:
     epochs: float | None = None
     batch_size: int = 64
     micro_batch: int | Literal["auto"] = "auto"
+    shuffle: bool = True
     learning_rate: float | None = None
     schedule: Literal["constant", "linear", "cosine"] = "linear"
     warmup: float | int = 0.1

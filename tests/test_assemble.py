@@ -60,6 +60,19 @@ def test_numbers_that_were_left_open_are_told(capsys) -> None:
     assert "beta 0.1, learning_rate 1e-06, reference frozen, steps 1, batch 4" in told
 
 
+@pytest.mark.parametrize("shuffle", [True, False])
+def test_rows_are_shuffled_unless_told_otherwise(shuffle) -> None:
+    run = build(
+        (tiny_lm(), tiny_tokenizer()),
+        DPO(),
+        pair_rows(12),
+        trainer=TrainerOptions(max_steps=2, batch_size=12, shuffle=shuffle),
+    )
+    epochs = [batch.row_id.tolist() for batch, _ in zip(run.trainer.source, "ab", strict=False)]
+    assert all(sorted(rows) == list(range(12)) for rows in epochs)
+    assert [rows == list(range(12)) for rows in epochs] == [not shuffle] * 2
+
+
 def test_fp16_scales_gradients_and_skips_what_overflows() -> None:
     """A scale is a power of 2, so that the same weights come out; an overflow moves nothing."""
     from alignkit.trainer import Trainer
