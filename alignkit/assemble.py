@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from alignkit import checkpoint
-from alignkit.checks.rows import check_columns
+from alignkit.checks.rows import check_labels
 from alignkit.config import RunConfig, changed_keys, check, resolve_data_options, to_mapping
-from alignkit.criteria import criterion_of, describe
+from alignkit.criteria import describe
 from alignkit.errors import CheckpointError, ConfigError
 from alignkit.objectives.preference import PreferenceObjective
 from alignkit.options import LoRA
@@ -32,7 +32,6 @@ def assemble(config: RunConfig) -> Run | FinishedRun:
     modality = modality_of(config.policy)
     check(config, modality)
     check_places(config, modality)
-    check_columns(config, criterion_of(config.method, modality))
     if config.trainer.max_steps is None and config.trainer.epochs is None:
         config = replace(config, trainer=replace(config.trainer, epochs=1.0))
     runtime = Runtime(
@@ -177,8 +176,10 @@ def _sources(
     def source(data: Any, epochs: float | None, *, training: bool) -> RowSource:
         rows = objective.criterion.kind.rows
         read = options if training else options.held_out()
+        examples = wing.examples(data, read, kind=rows, seed=config.seed)
+        check_labels(objective.criterion, examples.labels)
         return RowSource(
-            wing.examples(data, read, kind=rows, seed=config.seed),
+            examples,
             batch_size=config.trainer.batch_size,
             epochs=epochs,
             seed=config.seed,

@@ -19,6 +19,8 @@ NUMBERS = {
 }
 """Kind -> its optional numeric columns."""
 
+_ROWS = {"groups": "rankings", "unpaired": "single answers"}
+
 _FIELDS = {"weight": "weight", "margin": "target_margin", "p_chosen": "p_chosen"}
 _NEUTRAL = {"weight": 1.0, "target_margin": 0.0, "p_chosen": 1.0}
 _LABELS = {"true": True, "false": False, "1": True, "0": False}
@@ -104,6 +106,13 @@ def single_label(row: Mapping[str, Any]) -> Label:
 
 
 def _numbers(row: Mapping[str, Any], kind: str) -> dict[str, float]:
+    for name in NUMBERS["pairs"]:
+        if name not in NUMBERS[kind] and row.get(name) not in (None, ""):
+            raise BadRow(
+                f"{name} beside {_ROWS[kind]}",
+                f"the column {name!r} speaks of a pair, and rows are {_ROWS[kind]}; leave it out, "
+                "or give pairs and a loss of PREFERENCE_LOSSES",
+            )
     found = {_FIELDS[name]: number(row, name) for name in NUMBERS[kind]}
     return {name: value for name, value in found.items() if value is not None}
 

@@ -172,6 +172,8 @@ class Examples(Protocol):
 
     skipped: Mapping[str, int]
     """Reason -> how many rows were left out by policy."""
+    labels: Any
+    """`alignkit.labels.Labels` of the usable rows."""
 
     def __len__(self) -> int: ...
 

@@ -116,7 +116,7 @@ class ImageExamples:
     ) -> None:
         self.skipped = dict(skipped)
         self._rows = list(rows)
-        self._labels = Labels([row.number for row in rows], [row.label for row in rows])
+        self.labels = Labels([row.number for row in rows], [row.label for row in rows])
         self._latents = latents
         self._prompts = prompts
         self._options = options
@@ -144,10 +144,10 @@ class ImageExamples:
             torch.tensor(geometry, dtype=torch.float32).reshape(len(latents), 6),
             self._prompts.look_up(prompts),
         )
-        return self._labels.batch(content, indices)
+        return self.labels.batch(content, indices)
 
     def mismatched(self, indices: Sequence[int]) -> list[int]:
-        return self._labels.mismatched(indices, [self._rows[index].prompt for index in indices])
+        return self.labels.mismatched(indices, [self._rows[index].prompt for index in indices])
 
     def _drops_caption(self, row: ImageRow, epoch: int) -> bool:
         share = self._options.caption_dropout

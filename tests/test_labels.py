@@ -86,6 +86,7 @@ def test_a_ranking_wins_and_its_scores_are_kept() -> None:
         ({"scores": [1, 2, math.nan]}, "score is a finite number"),
         ({"scores": 3}, "scores is a list"),
         ({"scores": [1, 2, 3], "weight": -1}, "weight is a finite number"),
+        ({"scores": [1, 2, 3], "margin": 1.0}, "'margin' speaks of a pair, and rows are rankings"),
     ],
 )
 def test_rankings_that_are_none(row, words) -> None:
@@ -94,6 +95,13 @@ def test_rankings_that_are_none(row, words) -> None:
 
 
 # ---- labels and pairs
+
+
+def test_what_speaks_of_a_pair_is_refused_on_single_answers() -> None:
+    for name in ("margin", "p_chosen"):
+        with pytest.raises(BadRow, match=f"'{name}' speaks of a pair, and rows are single answers"):
+            single_label({"label": True, name: 0.5})
+        assert single_label({"label": True, name: None}).desirable
 
 
 @pytest.mark.parametrize(

@@ -91,13 +91,6 @@ def group_scores(
     batch: Batch, policy: Likelihood, reference: Likelihood, **fields: Any
 ) -> GroupScores:
     """Groups of up to K, as rows of K places, empty ones masked."""
-    for name in ("p_chosen", "target_margin"):
-        if getattr(batch, name) is not None:
-            column = {"target_margin": "margin"}.get(name, name)
-            raise DataError(
-                f"Column {column!r} speaks of a pair, and these rows rank K answers. Leave it out, "
-                "or give pairs and a loss of PREFERENCE_LOSSES."
-            )
     device = policy.total.device
     sizes = torch.bincount(batch.group, minlength=batch.num_groups)
     places = torch.arange(int(sizes.max()))
