@@ -6,16 +6,17 @@ built by the roof. Nothing heavy is imported here.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from types import MappingProxyType
 from typing import Any, ClassVar, Literal
 
-from alignkit.errors import ConfigError
+from alignkit.errors import ConfigError, refuse_unknown
 from alignkit.ranges import finite, not_negative, positive, share
 
 Divergence = Literal["reverse_kl", "forward_kl", "js_divergence", "alpha"]
 TimestepWeighting = Literal["uniform", "min_snr", "elbo", "nats"]
+Timesteps = Literal["turbo"] | tuple[int, ...] | None
 
 
 @dataclass(frozen=True, init=False, repr=False)
@@ -45,6 +46,9 @@ class DPO:
             "min_snr" (Hang et al. 2023, 2303.09556), "elbo" (the exact weights of the ELBO, clipped
             and normalised to mean 1), or "nats", where the log-ratio is the ELBO's itself, for
             losses and divergences that want nats. Images only.
+        timesteps: those that an image model is trained at: "turbo" for models distilled to four
+            steps (249, 499, 749, 999, on the schedule ended in pure noise, as the authors' script
+            has it), or a list; None is all. Images only.
         safeguard: SDPO (2511.03317): mu in [0, 1) holds the rejected image's gradient back where it
             would raise the chosen one's error; 0.6 there. Image pairs only.
         keywords: the losses' own options, such as `label_smoothing`.
@@ -65,6 +69,7 @@ class DPO:
     ld_alpha: float | None = None
     anchor: float = 0.0
     timestep_weighting: TimestepWeighting = "uniform"
+    timesteps: Timesteps = None
     safeguard: float | None = None
     keywords: Mapping[str, Any] = field(default_factory=dict)
 
@@ -79,6 +84,7 @@ class DPO:
         ld_alpha: float | None = None,
         anchor: float = 0.0,
         timestep_weighting: TimestepWeighting = "uniform",
+        timesteps: Timesteps = None,
         safeguard: float | None = None,
         **keywords: Any,
     ) -> None:
@@ -93,6 +99,7 @@ class DPO:
             ld_alpha=ld_alpha,
             anchor=anchor,
             timestep_weighting=timestep_weighting,
+            timesteps=_timesteps(timesteps),
             safeguard=safeguard,
         )
         not_negative("method", anchor=anchor)
@@ -118,7 +125,7 @@ class KTO:
         desirable_weight, undesirable_weight: what an answer of each class counts. The paper wants
             desirable_weight * (number of good) / (undesirable_weight * (number of bad)) in
             [1, 4/3].
-        timestep_weighting: as in `DPO`.
+        timestep_weighting, timesteps: as in `DPO`.
         keywords: the loss's own options, such as `momentum`.
     """
 
@@ -134,6 +141,7 @@ class KTO:
     desirable_weight: float = 1.0
     undesirable_weight: float = 1.0
     timestep_weighting: TimestepWeighting = "uniform"
+    timesteps: Timesteps = None
     keywords: Mapping[str, Any] = field(default_factory=dict)
 
     def __init__(
@@ -144,6 +152,7 @@ class KTO:
         desirable_weight: float = 1.0,
         undesirable_weight: float = 1.0,
         timestep_weighting: TimestepWeighting = "uniform",
+        timesteps: Timesteps = None,
         **keywords: Any,
     ) -> None:
         _fill(
@@ -154,6 +163,7 @@ class KTO:
             desirable_weight=desirable_weight,
             undesirable_weight=undesirable_weight,
             timestep_weighting=timestep_weighting,
+            timesteps=_timesteps(timesteps),
         )
         not_negative(
             "method", desirable_weight=desirable_weight, undesirable_weight=undesirable_weight
@@ -200,6 +210,13 @@ def _fill(method: Method, keywords: Mapping[str, Any], **values: Any) -> None:
     values["keywords"] = MappingProxyType(dict(keywords))
     for name, value in values.items():
         object.__setattr__(method, name, value)
+
+
+def _timesteps(given: Any) -> Any:
+    """A list of timesteps as a tuple; anything else as it is, for the check of its type."""
+    if isinstance(given, str):
+        refuse_unknown("timesteps", given, ("turbo",))
+    return tuple(given) if isinstance(given, Sequence) and not isinstance(given, str) else given
 
 
 def _weights(loss: Mapping[str, float]) -> dict[str, float]:

@@ -24,6 +24,9 @@ from alignkit.runtime import Runtime, pick_precision
 MODALITIES = {"text": "alignkit.text", "image": "alignkit_diffusion"}
 """Modality -> the package of its wing. A new modality is one line here."""
 
+IMAGE_OPTIONS = ("timestep_weighting", "timesteps")
+"""Options of a method that the image wing's likelihood takes."""
+
 LEARNING_RATES = {
     # Full: the DPO default of TRL; LoRA: the middle of the 5e-6 .. 5e-5 in common use.
     ("text", False): 1e-6,
@@ -126,7 +129,7 @@ def _neither(policy: str) -> str:
 
 def build_wing(config: RunConfig, modality: str, runtime: Runtime) -> Wing:
     """The policy, loaded and marked for training."""
-    weighting = config.method.timestep_weighting
+    options = {name: getattr(config.method, name) for name in IMAGE_OPTIONS}
     wing: Wing = import_module(MODALITIES[modality]).build(
         config.policy,
         adapter=config.adapter,
@@ -134,8 +137,8 @@ def build_wing(config: RunConfig, modality: str, runtime: Runtime) -> Wing:
         precision=pick_precision(config.trainer.precision),
         gradient_checkpointing=config.trainer.gradient_checkpointing,
         seed=config.seed,
-        # Text has no timesteps; there the option was refused.
-        **({"timestep_weighting": weighting} if modality == "image" else {}),
+        # Text has no timesteps; there the options were refused.
+        **(options if modality == "image" else {}),
     )
     return wing
 

@@ -61,7 +61,7 @@ def expected(hint: Any) -> str:
     if origin in (Union, UnionType):
         return " or ".join(expected(member) for member in args)
     if origin in (tuple, Sequence):
-        return "a list of text"
+        return "a list of whole numbers" if args[0] is int else "a list of text"
     if origin is Mapping:
         return "a mapping"
     if origin is Callable:

@@ -14,6 +14,7 @@ from alignkit.options import GenerationOptions
 from alignkit_diffusion.autoencoder import Autoencoder
 from alignkit_diffusion.borrowed import evaluating
 from alignkit_diffusion.conditioning import encoders_on
+from alignkit_diffusion.families import Family
 from alignkit_diffusion.kernels import Folding
 from alignkit_diffusion.likelihood import AUTOCAST, autocast
 from alignkit_diffusion.policy import native_size
@@ -24,6 +25,7 @@ HALVES = {dtype: name for name, dtype in AUTOCAST.items()}
 
 def sample_images(
     pipe: Any,
+    family: Family,
     autoencoder: Autoencoder,
     prompts: Sequence[str],
     options: GenerationOptions,
@@ -36,6 +38,7 @@ def sample_images(
 
     Args:
         pipe: lends its weights and the class and settings of its scheduler.
+        family: the pipeline's; it encodes prompts and makes the sampler.
         autoencoder: decodes, in float32.
         prompts: strings.
         options: `steps`, `guidance_scale`, `height`, `width` (None: what the UNet was trained for).
@@ -49,7 +52,7 @@ def sample_images(
     if not prompts:
         return []
     height, width = _size(pipe, autoencoder, options)
-    sampler = _sampler(pipe)
+    sampler = family.sampler(pipe)
     chunk = max(1, PIXELS_PER_CALL // (height * width))
     starts = range(0, len(prompts), chunk)
     images: list[Any] = []
@@ -63,8 +66,8 @@ def sample_images(
     ):
         for start in tqdm(starts, desc="Sampling images", leave=False, disable=None):
             part = list(prompts[start : start + chunk])
-            noise = [_generator(seed, start + i) for i in range(len(part))]
-            embedded = _embed(pipe, part, device)
+            noise = [image_generator(seed, start + i) for i in range(len(part))]
+            embedded = family.embed(pipe, part, device)
             with autocast(device, precision):
                 latents = sampler(
                     **embedded,
@@ -96,39 +99,7 @@ def _size(pipe: Any, autoencoder: Autoencoder, options: GenerationOptions) -> tu
     return height, width
 
 
-def _sampler(pipe: Any) -> Any:
-    """The UNet and a scheduler of its own: sampling moves a scheduler's state.
-
-    Encoders and decoder work in dtypes, and on devices, of their own; so they do their part
-    outside.
-    """
-    from diffusers import StableDiffusionXLPipeline
-
-    scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config)
-    without = {"text_encoder": None, "text_encoder_2": None}
-    sampler = StableDiffusionXLPipeline(
-        **{**pipe.components, **without, "scheduler": scheduler},
-        force_zeros_for_empty_prompt=pipe.config.force_zeros_for_empty_prompt,
-        add_watermarker=False,
-    )
-    sampler.vae = None  # its scale was read above
-    sampler.set_progress_bar_config(disable=True)
-    return sampler
-
-
-def _embed(pipe: Any, prompts: Sequence[str], device: torch.device) -> dict[str, torch.Tensor]:
-    """Embeddings of the prompts and of their empty counterparts, float32."""
-    hidden, negative_hidden, pooled, negative_pooled = pipe.encode_prompt(
-        list(prompts), device=device, do_classifier_free_guidance=True
-    )
-    return {
-        "prompt_embeds": hidden.float(),
-        "negative_prompt_embeds": negative_hidden.float(),
-        "pooled_prompt_embeds": pooled.float(),
-        "negative_pooled_prompt_embeds": negative_pooled.float(),
-    }
-
-
-def _generator(seed: int, place: int) -> torch.Generator:
+def image_generator(seed: int, place: int) -> torch.Generator:
+    """Of the starting noise of the `place`-th image."""
     key = int(generator("sample", seed, place).integers(2**63))
     return torch.Generator("cpu").manual_seed(key)

@@ -193,21 +193,22 @@ class ImageBackend:
         self._limits: dict[int, int] = {}
 
     def draw(self, batch: Batch, key: Key) -> ImageDraw:
-        """One timestep, uniform over all, and one standard normal noise for each group.
+        """One timestep, uniform over those of the family, and one standard normal noise for each
+        group.
 
         They are a function of (seed, optimizer step, position in the global batch), so that no
         split over micro-batches or processes changes them.
         """
         content: ImageContent = batch.content
         firsts = torch.searchsorted(batch.group, torch.arange(batch.num_groups)).tolist()
+        drawn = self.family.timesteps or range(self.family.num_timesteps)
         timesteps, noise = [], []
         for position, first in zip(batch.position.tolist(), firsts, strict=True):
-            timesteps.append(
-                int(generator("timestep", *key, position).integers(self.family.num_timesteps))
-            )
+            place = int(generator("timestep", *key, position).integers(len(drawn)))
+            timesteps.append(drawn[place])
             shape = tuple(content.latents[first].shape)
-            drawn = generator("noise", *key, position).standard_normal(shape, dtype="float32")
-            noise.append(torch.from_numpy(drawn))
+            values = generator("noise", *key, position).standard_normal(shape, dtype="float32")
+            noise.append(torch.from_numpy(values))
         return ImageDraw(torch.tensor(timesteps, dtype=torch.int64), tuple(noise))
 
     def split(self, batch: Batch, budget: int | str) -> list[Batch]:
@@ -237,3 +238,33 @@ class ImageBackend:
         if elements not in self._limits:
             self._limits[elements] = self.memory.groups(elements)
         return self._limits[elements]
+
+
+def likelihood_of(
+    unet: Any,
+    family: Family,
+    *,
+    device: torch.device,
+    precision: str,
+    checkpointing: bool | str,
+    timestep_weighting: str,
+    side: int,
+) -> tuple[DenoisingLikelihood, ImageBackend]:
+    """A UNet's likelihood and the backend of it.
+
+    Args:
+        checkpointing: "auto" turns it on where one pair of latents of `side` would not fit.
+    """
+    memory = MemoryModel.of(unet, device=device, precision=precision, checkpointing=False)
+    if checkpointing == "auto":
+        pair = 2 * unet.config.in_channels * side * side
+        checkpointing = device.type == "cuda" and not memory.fits(pair)
+    module = DenoisingLikelihood(
+        unet,
+        family,
+        precision=precision,
+        gradient_checkpointing=bool(checkpointing),
+        timestep_weighting=timestep_weighting,
+    )
+    memory = memory.checkpointed() if checkpointing else memory
+    return module, ImageBackend(module, family, memory)

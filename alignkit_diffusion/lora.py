@@ -61,8 +61,10 @@ def _ends(name: str, ending: str) -> bool:
     return name == ending or name.endswith(f".{ending}")
 
 
-def give_adapter(unet: Any, adapter: LoRA, *, seed: int) -> None:
+def give_adapter(unet: Any, adapter: LoRA, *, seed: int, loader: Any) -> None:
     """Put an adapter on `unet`, fresh or continued; if that fails, leave it as it was.
+
+    `loader` is the class of the pipeline, which knows how its adapter files are laid out.
 
     Raises:
         ConfigError: it carries one already, or the adapter's layers or folder cannot be used.
@@ -76,7 +78,7 @@ def give_adapter(unet: Any, adapter: LoRA, *, seed: int) -> None:
         )
     try:
         if adapter.continue_from:
-            continue_adapter(unet, adapter)
+            continue_adapter(unet, adapter, loader)
         else:
             add_adapter(unet, adapter, seed=seed)
     except BaseException:
@@ -105,7 +107,7 @@ def remove_adapter(unet: Any) -> None:
     unet._hf_peft_config_loaded = False
 
 
-def continue_adapter(unet: Any, adapter: LoRA) -> None:
+def continue_adapter(unet: Any, adapter: LoRA, loader: Any) -> None:
     """Load an adapter as *the* adapter of `unet`; rank, alpha, kind and targets are the folder's.
 
     Args:
@@ -113,6 +115,7 @@ def continue_adapter(unet: Any, adapter: LoRA) -> None:
         adapter: `continue_from` is a folder in diffusers' layout
             (`pytorch_lora_weights.safetensors`, or a kohya-style file) or in peft's
             (`adapter_config.json` and `adapter_model.safetensors`).
+        loader: the class of the pipeline.
 
     Raises:
         ConfigError: the folder holds no such adapter, or one that does not fit; or another option
@@ -122,7 +125,7 @@ def continue_adapter(unet: Any, adapter: LoRA) -> None:
     if (path / "adapter_config.json").is_file() and (path / PEFT_FILE).is_file():
         _continue_peft(unet, path)
     else:
-        _continue_diffusers(unet, _adapter_file(path))
+        _continue_diffusers(unet, _adapter_file(path), loader)
     refuse_contradiction(unet.peft_config[NAME], adapter)
 
 
@@ -143,10 +146,8 @@ def _adapter_file(path: Path) -> Path:
     return files[0]
 
 
-def _continue_diffusers(unet: Any, file: Path) -> None:
-    from diffusers import StableDiffusionXLPipeline
-
-    state, alphas, metadata = StableDiffusionXLPipeline.lora_state_dict(
+def _continue_diffusers(unet: Any, file: Path, loader: Any) -> None:
+    state, alphas, metadata = loader.lora_state_dict(
         str(file.parent),
         weight_name=file.name,
         unet_config=unet.config,
@@ -231,13 +232,12 @@ def train_only_adapter(unet: nn.Module) -> None:
         parameter.requires_grad_(trains)
 
 
-def save_adapter(unet: Any, folder: Path, name: str, base: str | None) -> None:
+def save_adapter(unet: Any, folder: Path, name: str, base: str | None, *, loader: Any) -> None:
     """Write `pytorch_lora_weights.safetensors` (diffusers) and a kohya-style file beside it.
 
     Both reproduce the adapter through `pipeline.load_lora_weights`. The kohya layout has no DoRA
     that diffusers would read back, so such an adapter has the diffusers file alone.
     """
-    from diffusers import StableDiffusionXLPipeline
     from peft import get_peft_model_state_dict
 
     # A UNet has no embedding layers; asked to see for itself, peft goes to the hub.
@@ -251,8 +251,6 @@ def save_adapter(unet: Any, folder: Path, name: str, base: str | None) -> None:
     }
     if base is not None:
         metadata["base_model_name_or_path"] = base
-    StableDiffusionXLPipeline.save_lora_weights(
-        folder, unet_lora_layers=state, unet_lora_adapter_metadata=metadata
-    )
+    loader.save_lora_weights(folder, unet_lora_layers=state, unet_lora_adapter_metadata=metadata)
     if not config.use_dora:
         save_file(kohya_state(unet, name), folder / KOHYA_FILE, metadata={"format": "pt"})

@@ -6,7 +6,8 @@ Ho et al. 2020 (2006.11239), eq. 4; v-prediction: Salimans & Ho 2022 (2202.00512
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -26,6 +27,11 @@ BETAS = (
     "rescale_betas_zero_snr",
 )
 """Settings of a scheduler that say how noise was added in training."""
+TURBO = (249, 499, 749, 999)
+"""The timesteps that a model distilled to four steps was trained at, such as SDXL-Turbo (Sauer et
+al. 2023, 2311.17042)."""
+PURE_NOISE = 1e-10
+"""A last abar below this is a terminal signal-to-noise ratio of zero, up to rounding."""
 
 
 @dataclass(frozen=True)
@@ -36,13 +42,37 @@ class Schedule:
         alphas_cumprod: (T,) float64 on the CPU: abar_t, the share of signal power at timestep t.
         prediction_type: "epsilon" (the noise) or "v_prediction" (sqrt(abar) noise - sqrt(1 - abar)
             x_0).
+        drawn: the timesteps that training draws from, rising; None is all.
     """
 
     alphas_cumprod: Tensor
     prediction_type: str
+    drawn: tuple[int, ...] | None = None
 
     def __len__(self) -> int:
         return len(self.alphas_cumprod)
+
+    def restricted(self, timesteps: str | Sequence[int]) -> Schedule:
+        """The schedule of a model that knows a few timesteps alone.
+
+        Args:
+            timesteps: "turbo" is `TURBO` on the schedule rescaled to zero terminal SNR; or a list
+                of timesteps, on the schedule as it is.
+
+        Raises:
+            ConfigError: a timestep is not in the schedule, or stands twice.
+        """
+        if timesteps == "turbo":
+            ended = replace(self, alphas_cumprod=zero_terminal_snr(self.alphas_cumprod))
+            return ended.restricted(TURBO)
+        wanted: list[Any] = [timesteps] if isinstance(timesteps, str) else list(timesteps)
+        bad = [t for t in wanted if not isinstance(t, int) or not 0 <= t < len(self)]
+        if bad or not wanted or len(set(wanted)) < len(wanted):
+            raise ConfigError(
+                'method.timesteps is "turbo" or a list of different timesteps between 0 and '
+                f"{len(self) - 1}, the last of this model's schedule; got {timesteps!r}."
+            )
+        return replace(self, drawn=tuple(sorted(wanted)))
 
     def snr(self, timesteps: Tensor) -> Tensor:
         """abar_t / (1 - abar_t), float64, in the shape of `timesteps`."""
@@ -52,17 +82,31 @@ class Schedule:
     def weights(self, kind: str) -> Tensor:
         """(T,) float64, what half an image's mean squared error counts at each timestep.
 
-        "uniform", "min_snr" and "elbo" have mean 1, see `losses.modifiers.timestep_weights`. "nats"
-        is 2 T w_t, w the exact weights of the ELBO: times the latent's elements, the mean over
-        timesteps of minus half the weighted error is the ELBO in nats, up to a constant.
+        "uniform", "min_snr" and "elbo" have mean 1 over the timesteps that are drawn, see
+        `losses.modifiers.timestep_weights`. "nats" is 2 T w_t, w the exact weights of the ELBO:
+        times the latent's elements, the mean over timesteps of minus half the weighted error is the
+        ELBO in nats, up to a constant.
 
         Raises:
-            ConfigError: `kind` is unknown.
+            ConfigError: `kind` is unknown, or has no meaning for this schedule.
         """
         refuse_unknown("timestep_weighting", kind, WEIGHTINGS)
+        if kind == "nats" and self.drawn is not None:
+            raise ConfigError(
+                "timestep_weighting='nats' is the ELBO, a sum over all timesteps; got "
+                f"timesteps={list(self.drawn)}. Leave one of the two out."
+            )
+        endless = self.prediction_type == "epsilon" and float(self.alphas_cumprod[-1]) < PURE_NOISE
+        if endless and kind in ("elbo", "nats"):
+            raise ConfigError(
+                f"timestep_weighting={kind!r} weighs errors of the noise by the relative change of "
+                "the signal-to-noise ratio, which is without bound where a schedule ends in pure "
+                "noise, as this model's does. Write 'uniform' or 'min_snr'."
+            )
         if kind == "nats":
             return 2 * nats_per_error(self.alphas_cumprod, 1, self.prediction_type)
-        return timestep_weights(kind, self.alphas_cumprod, self.prediction_type)
+        found = timestep_weights(kind, self.alphas_cumprod, self.prediction_type)
+        return found if self.drawn is None else found / found[list(self.drawn)].mean()
 
     def coefficients(self, timesteps: Tensor) -> tuple[Tensor, Tensor]:
         """sqrt(abar_t) and sqrt(1 - abar_t), (N, 1, 1, 1) float32 on the CPU, at timesteps (N,)."""
@@ -81,6 +125,16 @@ class Schedule:
             return noise
         signal, spread = (c.to(latents.device) for c in self.coefficients(timesteps))
         return signal * noise - spread * latents
+
+
+def zero_terminal_snr(alphas_cumprod: Tensor) -> Tensor:
+    """The schedule moved and stretched so that its last timestep is pure noise.
+
+    Lin et al. 2023 (2305.08891), Alg. 1: sqrt(abar) is shifted to end at 0 and scaled to begin
+    where it began.
+    """
+    root = alphas_cumprod.sqrt()
+    return ((root - root[-1]) * root[0] / (root[0] - root[-1])).square()
 
 
 def read_schedule(scheduler: Any) -> Schedule:

@@ -20,8 +20,7 @@ from alignkit_diffusion.autoencoder import Autoencoder
 from alignkit_diffusion.data import ImageExamples, distinct_prompts, prepare_examples
 from alignkit_diffusion.generation import sample_images
 from alignkit_diffusion.kernels import Folding
-from alignkit_diffusion.likelihood import DenoisingLikelihood, ImageBackend
-from alignkit_diffusion.memory import MemoryModel
+from alignkit_diffusion.likelihood import likelihood_of
 from alignkit_diffusion.policy import Policy, factor_of, load_policy, native_size
 
 NATS = "nats: the ELBO, estimated at one shared timestep and noise"
@@ -37,9 +36,10 @@ def build(
     gradient_checkpointing: bool | str,
     seed: int,
     timestep_weighting: str = "uniform",
+    timesteps: str | Sequence[int] | None = None,
     beside: Wing | None = None,
 ) -> ImageWing:
-    """Load an SDXL pipeline and make its UNet, or an adapter on it, trainable.
+    """Load a Stable Diffusion pipeline and make its UNet, or an adapter on it, trainable.
 
     Args:
         policy: a diffusers folder, a hub name, or a `DiffusionPipeline` in memory, whose UNet is
@@ -53,7 +53,10 @@ def build(
         timestep_weighting: how the errors of an image weigh over timesteps, the method's option of
             the same name: "uniform", "min_snr", "elbo", or "nats", which changes the unit of
             `Likelihood.total` to the ELBO in nats (see `likelihood`).
-        beside: the policy's wing, if this pipeline is its reference, whose weighting it takes.
+        timesteps: those that training draws from, the method's option of the same name: "turbo", or
+            a list; None is all.
+        beside: the policy's wing, if this pipeline is its reference, whose weighting and
+            timesteps it takes.
 
     Raises:
         ConfigError: the pipeline, the adapter's targets or folder, the precision or the weighting
@@ -69,8 +72,11 @@ def build(
     loaded = load_policy(policy, precision=precision, whole=whole, device=device)
     unet = loaded.pipe.unet
     try:
+        timesteps = timesteps if beside is None else getattr(beside, "timesteps", timesteps)
+        if timesteps is not None:
+            loaded = replace(loaded, family=loaded.family.restricted(timesteps))
         if adapter is not None:
-            lora.give_adapter(unet, adapter, seed=seed)
+            lora.give_adapter(unet, adapter, seed=seed, loader=loaded.family.pipeline_class)
     except BaseException:
         loaded.give_back()
         raise
@@ -89,6 +95,7 @@ def build(
         precision=precision,
         gradient_checkpointing=gradient_checkpointing,
         timestep_weighting=timestep_weighting,
+        timesteps=timesteps,
         added=adapter is not None,
     )
 
@@ -128,6 +135,7 @@ class ImageWing:
         precision: str,
         gradient_checkpointing: bool | str,
         timestep_weighting: str,
+        timesteps: str | Sequence[int] | None = None,
         added: bool = False,
     ) -> None:
         self.policy = loaded.pipe
@@ -137,6 +145,7 @@ class ImageWing:
         self.device = device
         self.precision = precision
         self.timestep_weighting = timestep_weighting
+        self.timesteps = timesteps
         self._family = loaded.family
         self._autoencoder = Autoencoder(loaded.vae, device)
         factor = self._autoencoder.factor
@@ -145,27 +154,15 @@ class ImageWing:
         self.default_options = ImageOptions(resolution=side)
         self._resolution: int | None = side
         self._folding = Folding(loaded.pipe.unet)
-        self._module, self.backend = self._likelihood(side // factor, gradient_checkpointing)
-
-    def _likelihood(
-        self, side: int, checkpointing: bool | str
-    ) -> tuple[DenoisingLikelihood, ImageBackend]:
-        unet = self.policy.unet
-        memory = MemoryModel.of(
-            unet, device=self.device, precision=self.precision, checkpointing=False
+        self._module, self.backend = likelihood_of(
+            loaded.pipe.unet,
+            loaded.family,
+            device=device,
+            precision=precision,
+            checkpointing=gradient_checkpointing,
+            timestep_weighting=timestep_weighting,
+            side=side // factor,
         )
-        if checkpointing == "auto":
-            pair = 2 * unet.config.in_channels * side * side
-            checkpointing = self.device.type == "cuda" and not memory.fits(pair)
-        module = DenoisingLikelihood(
-            unet,
-            self._family,
-            precision=self.precision,
-            gradient_checkpointing=bool(checkpointing),
-            timestep_weighting=self.timestep_weighting,
-        )
-        memory = memory.checkpointed() if checkpointing else memory
-        return module, ImageBackend(module, self._family, memory)
 
     def adapters_off(self) -> AbstractContextManager[None]:
         """A context in which the UNet computes without its adapter; for no-grad forwards."""
@@ -216,6 +213,7 @@ class ImageWing:
         """One PIL image per prompt, keyed by (seed, its place); see `generation.sample_images`."""
         return sample_images(
             self.policy,
+            self._family,
             self._autoencoder,
             prompts,
             options,
@@ -283,7 +281,8 @@ class ImageWing:
         if name is None:
             self.policy.save_pretrained(folder, safe_serialization=True)
         else:
-            lora.save_adapter(self.policy.unet, folder, name, base)
+            loader = self._family.pipeline_class
+            lora.save_adapter(self.policy.unet, folder, name, base, loader=loader)
 
     def _checked(self, options: ImageOptions | None) -> ImageOptions:
         options = self.default_options if options is None else options

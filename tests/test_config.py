@@ -315,6 +315,7 @@ def test_every_field_is_written_defaults_included():
         "ld_alpha": None,
         "anchor": 0.0,
         "timestep_weighting": "uniform",
+        "timesteps": None,
         "safeguard": None,
     }
     assert mapping["resume"] == "auto"

@@ -25,6 +25,7 @@ _TEXT_ONLY = {
 }
 _IMAGE_ONLY = {
     "timestep_weighting": "text has no timesteps",
+    "timesteps": "text has none",
     "safeguard": "it compares residuals of the denoiser, and text has none",
 }
 _PAIRS_ONLY = {
@@ -51,6 +52,11 @@ def check_method(config: RunConfig, modality: str | None) -> None:
     if isinstance(method, DPO):
         check_weighting(method.weighting, loss if isinstance(loss, Loss) else None)
         _check_divergence(method, loss, modality)
+    if method.timesteps is not None and method.timestep_weighting == "nats":
+        raise ConfigError(
+            "method.timestep_weighting='nats' is the ELBO, a sum over all timesteps; got "
+            f"method.timesteps={method.timesteps!r}. Leave one of the two out."
+        )
     _check_reference(config, loss)
     if "kl" in loss.needs and config.trainer.batch_size == 1:
         raise ConfigError(

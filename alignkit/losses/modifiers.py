@@ -182,12 +182,12 @@ def timestep_weights(
         (T,) float64.
     """
     refuse_unknown("timestep_weighting", kind, TIMESTEP_WEIGHTINGS)
-    abar = alphas_cumprod.double()
+    abar = _above_zero(alphas_cumprod)
     if kind == "uniform":
         return torch.ones_like(abar)
     if kind == "min_snr":
         snr = abar / (1 - abar)
-        weights = snr.clamp(max=gamma) / snr
+        weights = (gamma / snr).clamp(max=1)
     else:
         weights = elbo_weights(abar)
         place = torch.arange(len(weights), device=weights.device).clamp(min=clip_below)
@@ -212,9 +212,16 @@ def nats_per_error(
     Returns:
         (T,) float64.
     """
-    abar = alphas_cumprod.double()
+    abar = _above_zero(alphas_cumprod)
     weights = _of_error(elbo_weights(abar), abar, prediction_type)
     return len(abar) * elements * weights
+
+
+def _above_zero(alphas_cumprod: Tensor) -> Tensor:
+    """In float64, a schedule that ends in pure noise just above it: weights of a velocity's error,
+    a ratio times abar, then have their limit there.
+    """
+    return alphas_cumprod.double().clamp(min=1e-30)
 
 
 def _of_error(weights: Tensor, abar: Tensor, prediction_type: str) -> Tensor:

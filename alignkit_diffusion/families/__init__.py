@@ -15,7 +15,10 @@ from torch import Tensor, nn
 from alignkit.errors import ConfigError
 from alignkit_diffusion.content import ImageContent, PromptEmbeddings
 
-FAMILIES = {"StableDiffusionXLPipeline": ("alignkit_diffusion.families.sdxl", "SDXL")}
+FAMILIES = {
+    "StableDiffusionXLPipeline": ("alignkit_diffusion.families.sdxl", "SDXL"),
+    "StableDiffusionPipeline": ("alignkit_diffusion.families.sd15", "SD15"),
+}
 """Pipeline class -> where its family is."""
 
 Conditioning = Mapping[str, Any]
@@ -29,7 +32,7 @@ class Prediction(NamedTuple):
         prediction: (N, C, H, W) in the dtype the model computed in.
         target: (N, C, H, W) float32, what it should have been: noise, v, later flow velocity.
         weight: (N,) float32, a factor of each image's squared error that belongs to the family; 1
-            for SDXL. The run's timestep weighting comes on top.
+            for the families here. The run's timestep weighting comes on top.
     """
 
     prediction: Tensor
@@ -44,7 +47,21 @@ class Family(Protocol):
 
     @property
     def num_timesteps(self) -> int:
-        """Timesteps are drawn from 0 .. num_timesteps - 1."""
+        """Timesteps are 0 .. num_timesteps - 1."""
+        ...
+
+    @property
+    def timesteps(self) -> tuple[int, ...] | None:
+        """Those that training draws from; None is all."""
+        ...
+
+    @property
+    def pipeline_class(self) -> Any:
+        """The diffusers pipeline, whose class methods read and write adapter files."""
+        ...
+
+    def restricted(self, timesteps: str | Sequence[int]) -> Family:
+        """The same family, trained at a few timesteps alone; see `schedule.Schedule.restricted`."""
         ...
 
     def conditioning(self, content: ImageContent, group: Tensor, device: Any) -> Conditioning:
@@ -85,20 +102,47 @@ class Family(Protocol):
         """One row: what stands for a dropped caption, as in the family's own training."""
         ...
 
+    def embed(self, pipe: Any, prompts: Sequence[str], device: Any) -> dict[str, Tensor]:
+        """Float32 embeddings of prompts and of their empty counterparts, as a sampler's call names
+        them.
+        """
+        ...
+
+    def sampler(self, pipe: Any) -> Any:
+        """A pipeline that makes latents from `embed`'s result with `pipe`'s UNet, and moves nothing
+        of `pipe`.
+        """
+        ...
+
     def describe(self) -> dict[str, Any]: ...
+
+
+HINTS = {
+    "StableDiffusionXLImg2ImgPipeline": (
+        "This is how the SDXL refiner is published. It goes on where the base stops, and makes no "
+        "picture from a prompt, so that it has no preferences to learn; as an opponent, hand base "
+        "and refiner to alignkit_diffusion.BaseAndRefiner."
+    ),
+    **dict.fromkeys(
+        ("StableDiffusion3Pipeline", "FluxPipeline", "QwenImagePipeline", "LuminaPipeline"),
+        "It is a flow model, whose velocities on continuous times no family here predicts yet: "
+        "write one, a class with the members of alignkit_diffusion.families.Family and a line in "
+        "FAMILIES.",
+    ),
+}
+"""Pipeline class -> why it is no policy, and what to do."""
 
 
 def check_class(class_name: str, given: str) -> None:
     """Raise `ConfigError` unless a family serves pipelines of this class."""
     if class_name in FAMILIES:
         return
-    supported = ", ".join(sorted(FAMILIES))
-    hint = ""
-    if class_name == "StableDiffusionXLImg2ImgPipeline":
-        hint = " This is how the SDXL refiner is published, which is not a text-to-image policy."
+    supported = " or ".join(sorted(FAMILIES))
+    hint = HINTS.get(class_name, "")
     raise ConfigError(
-        f"Image policies are pipelines of the class {supported}; {given} is a {class_name}.{hint} "
-        "Use a base such as 'stabilityai/stable-diffusion-xl-base-1.0' or a fine-tune of it."
+        f"Image policies are pipelines of the class {supported}; {given} is a {class_name}. "
+        f"{hint}{' ' * bool(hint)}Use a base such as 'stabilityai/stable-diffusion-xl-base-1.0' or "
+        "a fine-tune of it."
     )
 
 

@@ -128,6 +128,7 @@ class Fixed(nn.Module):
 
     name = "fixed"
     num_timesteps = 1000
+    timesteps = None
 
     def __init__(self, prediction: Tensor, target: Tensor) -> None:
         super().__init__()

@@ -115,6 +115,7 @@ class Exact(nn.Module):
 
     name = "exact"
     num_timesteps = T
+    timesteps = None
 
     def __init__(self, mean: float, variance: float, prediction_type: str) -> None:
         super().__init__()

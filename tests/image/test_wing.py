@@ -138,7 +138,7 @@ def test_other_pipelines_are_refused(pipeline_folder: Path, tmp_path: Path) -> N
     index = "model_index.json"
     cases = [
         (index, {"_class_name": "FluxPipeline"}, r"FluxPipeline.*stable-diffusion-xl-base"),
-        (index, {"_class_name": "StableDiffusionPipeline"}, "is a StableDiffusionPipeline"),
+        (index, {"_class_name": "KolorsPipeline"}, "is a KolorsPipeline"),
         (index, {"_class_name": "StableDiffusionXLImg2ImgPipeline"}, "refiner"),
         (index, {"text_encoder": [None, None], "tokenizer": [None, None]}, "both text encoders"),
         ("scheduler/scheduler_config.json", {"prediction_type": "sample"}, "'sample'"),
@@ -284,7 +284,7 @@ def test_samples_are_keyed_by_seed_and_place() -> None:
 
 
 def test_samples_are_what_the_pipeline_itself_makes() -> None:
-    from alignkit_diffusion.generation import _generator
+    from alignkit_diffusion.generation import image_generator
 
     wing = build(make_pipeline(), adapter=LoRA(rank=2), **BUILD)
     options = GenerationOptions(steps=4, guidance_scale=3.0, height=24, width=16)
@@ -295,7 +295,7 @@ def test_samples_are_what_the_pipeline_itself_makes() -> None:
         guidance_scale=3.0,
         height=24,
         width=16,
-        generator=_generator(5, 0),
+        generator=image_generator(5, 0),
     ).images[0]
     assert found.size == (16, 24)
     assert np.abs(np.asarray(found, int) - np.asarray(expected, int)).max() <= 1
@@ -333,7 +333,7 @@ def test_importing_the_package_is_free() -> None:
         "import sys, alignkit_diffusion\n"
         "heavy = {'torch', 'diffusers', 'transformers', 'peft'} & set(sys.modules)\n"
         "assert not heavy, heavy\n"
-        "assert alignkit_diffusion.__all__ == ['build']\n"
+        "assert alignkit_diffusion.__all__ == ['BaseAndRefiner', 'build']\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[2])
     import alignkit_diffusion

@@ -62,6 +62,7 @@ class Gaussian:
     weight: Callable[[Tensor], Tensor]
     shared: bool = True
     name: str = "gaussian"
+    timesteps: None = None
 
     @property
     def num_timesteps(self) -> int:
