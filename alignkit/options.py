@@ -147,6 +147,30 @@ class TextOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ScoreLabels:
+    """Preferences between images by their scores instead of by people.
+
+    Attributes:
+        folder: of scores, as `alignkit label images` writes it.
+        scorer: whose scores count; or scorer -> weight, for a weighted sum.
+        soft: whether pairs have p_chosen = sigmoid(difference / temperature); otherwise the image
+            of the higher score simply is chosen.
+        temperature: in the scores' unit; 1 for PickScore, whose differences are log-odds.
+    """
+
+    folder: str
+    scorer: str | Mapping[str, float]
+    soft: bool = False
+    temperature: float = 1.0
+
+    def __post_init__(self) -> None:
+        positive("data_options.labels", temperature=self.temperature)
+        if not isinstance(self.scorer, str):
+            finite("data_options.labels.scorer", **self.scorer)
+            object.__setattr__(self, "scorer", MappingProxyType(dict(self.scorer)))
+
+
+@dataclass(frozen=True, kw_only=True)
 class ImageOptions:
     """How image rows are read.
 
@@ -156,6 +180,8 @@ class ImageOptions:
         ties: Pick-a-Pic rows without a winner: dropped, kept with p_chosen one half, or refused.
         crop, flip, caption_dropout: drawn per row from (seed, epoch, row id), the same for both
             sides of a pair. Held-out rows are centred, unflipped and keep their captions.
+        labels: which image of a pair is chosen, by scores; None believes the data. Held-out rows
+            keep the data's.
         columns: our column name -> the data's.
     """
 
@@ -165,6 +191,7 @@ class ImageOptions:
     crop: Literal["center", "random"] = "center"
     flip: bool = False
     caption_dropout: float = 0.0
+    labels: ScoreLabels | None = None
     on_bad_row: BadRow = "error"
     columns: Mapping[str, str] = field(default_factory=dict)
 
@@ -174,8 +201,8 @@ class ImageOptions:
         object.__setattr__(self, "columns", MappingProxyType(dict(self.columns)))
 
     def held_out(self) -> ImageOptions:
-        """The options of rows that are evaluated, without augmentation."""
-        return replace(self, crop="center", flip=False, caption_dropout=0.0)
+        """The options of rows that are evaluated, without augmentation and by the data's labels."""
+        return replace(self, crop="center", flip=False, caption_dropout=0.0, labels=None)
 
 
 @dataclass(frozen=True, kw_only=True)

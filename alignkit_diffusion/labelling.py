@@ -1,0 +1,169 @@
+"""Scores of images beside the rows: data is scored once, and training chooses what to believe.
+
+A folder of scores holds `scores.json`, which says of what and by whom, and parts of a fixed number
+of rows, `part-000000.parquet` and on. A part is written whole or not at all; called again, what is
+there is kept.
+
+    row (int)   digests (list of strings)   one list of numbers for each scorer
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from PIL.Image import Image
+from tqdm.auto import tqdm
+
+from alignkit.atomic import atomic_write
+from alignkit.columns import BadRow
+from alignkit.errors import CheckpointError, ConfigError, DataError
+from alignkit.protocols import Reward
+from alignkit.records import from_json, to_json
+from alignkit.rows import Row, Rows, read_rows
+from alignkit_diffusion.pictures import Picture, open_picture
+from alignkit_diffusion.rows import prompt_of
+
+log = logging.getLogger("alignkit")
+
+FACTS = "scores.json"
+PART = 256
+"""Rows of a part: what a kill can cost, and what is scored in one call."""
+
+IMAGE_COLUMNS = (("chosen", "rejected"), ("jpg_0", "jpg_1"), ("images",), ("image",))
+"""The columns that hold a row's images; the first set that a row has all of counts."""
+
+
+def score_images(
+    data: Any,
+    scorers: Mapping[str, Reward],
+    out: str | Path,
+    *,
+    columns: Mapping[str, str] | None = None,
+    made_by: Mapping[str, str] | None = None,
+) -> Path:
+    """Score every image of every row for its prompt, and write the scores beside the data.
+
+    A broken image has no score, and a row of one is counted; nothing becomes 0.
+
+    Args:
+        data: image rows of any kind, as `align` takes them; ties are scored, too.
+        scorers: name -> `(prompts, images, rows) -> scores`.
+        out: the folder of scores. If it holds some already, scoring goes on where it was.
+        columns: our column name -> the data's.
+        made_by: of each scorer, what its scores rest on, such as its weights; kept, and compared
+            when scoring goes on.
+
+    Returns:
+        The folder.
+
+    Raises:
+        CheckpointError: the folder holds scores of other data or by other scorers.
+        DataError: a scorer gave something else than one number, or None, for each image.
+    """
+    if not scorers:
+        raise ConfigError("Scores are made by at least one scorer; got none.")
+    for name in scorers:
+        if name in ("row", "digests") or not name.isidentifier():
+            raise ConfigError(
+                f"A scorer's name is the name of a column, such as clip; got {name!r}."
+            )
+    rows, folder = read_rows(data, columns=columns or {}), Path(out)
+    facts = {"rows": len(rows), "scorers": {n: (made_by or {}).get(n, n) for n in scorers}}
+    _open(folder, facts)
+    broken: Counter[str] = Counter()
+    for start in tqdm(range(0, len(rows), PART), desc="Scoring rows", disable=None):
+        path = folder / part_name(start)
+        if not path.exists():
+            numbers = range(start, min(start + PART, len(rows)))
+            atomic_write(path, _part(rows, numbers, scorers, broken))
+    if broken:
+        told = ", ".join(f"{count} {reason}" for reason, count in broken.items())
+        log.warning("%s: without scores: %s.", rows.name, told)
+    return folder
+
+
+def part_name(start: int) -> str:
+    """The file of the rows from `start` on."""
+    return f"part-{start // PART:06d}.parquet"
+
+
+def _open(folder: Path, facts: Mapping[str, Any]) -> None:
+    path = folder / FACTS
+    if not path.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        atomic_write(path, to_json(facts, FACTS, indent=1) + "\n")
+        return
+    before = from_json(path.read_bytes()) or {}
+    changed = [key for key in facts if before.get(key) != facts[key]]
+    if changed:
+        told = "; ".join(f"{key}: {before.get(key)} before, {facts[key]} now" for key in changed)
+        raise CheckpointError(
+            f"The scores in {folder} were made otherwise: {told}. Give another folder."
+        )
+
+
+def _part(rows: Rows, numbers: range, scorers: Mapping[str, Reward], broken: Counter[str]) -> bytes:
+    """A part as the bytes of its file."""
+    import pyarrow
+    import pyarrow.parquet
+
+    found = [_images(rows, number, broken) for number in numbers]
+    asked = [
+        (rows[n], image) for n, given in zip(numbers, found, strict=True) for _, image in given
+    ]
+    digests = [[picture.digest for picture, _ in given] for given in found]
+    table: dict[str, Any] = {"row": list(numbers), "digests": digests}
+    for name, scorer in scorers.items():
+        scores = iter(_ask(name, scorer, asked))
+        table[name] = [[next(scores) for _ in given] for given in found]
+    numbers_list = pyarrow.list_(pyarrow.float64())
+    schema = {"row": pyarrow.int64(), "digests": pyarrow.list_(pyarrow.string())}
+    types = pyarrow.schema({**schema, **dict.fromkeys(scorers, numbers_list)})
+    sink = pyarrow.BufferOutputStream()
+    pyarrow.parquet.write_table(pyarrow.table(table, schema=types), sink)
+    return sink.getvalue().to_pybytes()
+
+
+def _images(rows: Rows, number: int, broken: Counter[str]) -> list[tuple[Picture, Image]]:
+    """The images of a row in the order of its columns; none if one of them is broken."""
+    row = rows[number]
+    try:
+        prompt_of(row)
+        return [open_picture(rows, row, number, *source) for source in _sources(row)]
+    except BadRow as bad:
+        broken[bad.reason] += 1
+        return []
+
+
+def _sources(row: Row) -> list[tuple[str, int | None]]:
+    for names in IMAGE_COLUMNS:
+        if all(name in row for name in names):
+            if names != ("images",):
+                return [(name, None) for name in names]
+            return [("images", place) for place in range(len(row["images"]))]
+    raise BadRow("no image", f"a row has images as {IMAGE_COLUMNS}; this one has {sorted(row)}")
+
+
+def _ask(name: str, scorer: Reward, asked: Sequence[tuple[Row, Image]]) -> list[float | None]:
+    if not asked:
+        return []
+    rows = [row for row, _ in asked]
+    found = scorer([prompt_of(row) for row in rows], [image for _, image in asked], rows)
+    if isinstance(found, Mapping) or len(found) != len(asked):
+        raise DataError(
+            f"A scorer returns one number per image; {name!r} returned "
+            f"{'named parts' if isinstance(found, Mapping) else len(found)} for {len(asked)}."
+        )
+    scores = [None if one is None else float(one) for one in found]
+    for (row, _), score in zip(asked, scores, strict=True):
+        if score is not None and not math.isfinite(score):
+            raise DataError(
+                f"A scorer returns finite numbers, None where it has none; {name!r} returned "
+                f"{score} for an image of the prompt {prompt_of(row)!r}."
+            )
+    return scores
