@@ -26,16 +26,10 @@ from alignkit.protocols import Reward
 from alignkit.records import from_json, to_json
 from alignkit.rows import Row, Rows, read_rows
 from alignkit_diffusion.pictures import Picture, open_picture
-from alignkit_diffusion.rows import prompt_of
+from alignkit_diffusion.rows import prompt_of, sources_of
+from alignkit_diffusion.score_labels import FACTS, PART, part_name
 
 log = logging.getLogger("alignkit")
-
-FACTS = "scores.json"
-PART = 256
-"""Rows of a part: what a kill can cost, and what is scored in one call."""
-
-IMAGE_COLUMNS = (("chosen", "rejected"), ("jpg_0", "jpg_1"), ("images",), ("image",))
-"""The columns that hold a row's images; the first set that a row has all of counts."""
 
 
 def score_images(
@@ -87,11 +81,6 @@ def score_images(
     return folder
 
 
-def part_name(start: int) -> str:
-    """The file of the rows from `start` on."""
-    return f"part-{start // PART:06d}.parquet"
-
-
 def _open(folder: Path, facts: Mapping[str, Any]) -> None:
     path = folder / FACTS
     if not path.exists():
@@ -134,19 +123,10 @@ def _images(rows: Rows, number: int, broken: Counter[str]) -> list[tuple[Picture
     row = rows[number]
     try:
         prompt_of(row)
-        return [open_picture(rows, row, number, *source) for source in _sources(row)]
+        return [open_picture(rows, row, number, *source) for source in sources_of(row)]
     except BadRow as bad:
         broken[bad.reason] += 1
         return []
-
-
-def _sources(row: Row) -> list[tuple[str, int | None]]:
-    for names in IMAGE_COLUMNS:
-        if all(name in row for name in names):
-            if names != ("images",):
-                return [(name, None) for name in names]
-            return [("images", place) for place in range(len(row["images"]))]
-    raise BadRow("no image", f"a row has images as {IMAGE_COLUMNS}; this one has {sorted(row)}")
 
 
 def _ask(name: str, scorer: Reward, asked: Sequence[tuple[Row, Image]]) -> list[float | None]:

@@ -10,11 +10,12 @@ from PIL.Image import Image
 from tqdm.auto import tqdm
 
 from alignkit.columns import SAME, TIE, BadRow, Column, Sieve, check_columns, number
-from alignkit.errors import refuse_unknown
+from alignkit.errors import ConfigError, refuse_unknown
 from alignkit.labels import Label, group_label, pair_label, single_label
 from alignkit.options import ImageOptions
 from alignkit.rows import Row, Rows, read_rows
 from alignkit_diffusion.pictures import Picture, open_picture
+from alignkit_diffusion.score_labels import ScoreTable
 
 LAYOUTS: Mapping[str, tuple[tuple[Column, ...], ...]] = {
     "pairs": (
@@ -25,6 +26,9 @@ LAYOUTS: Mapping[str, tuple[tuple[Column, ...], ...]] = {
     "unpaired": ((("prompt", "caption"), "image", "label"),),
 }
 """Kind of rows -> the ways to write them; pairs also as Pick-a-Pic has them."""
+
+IMAGE_COLUMNS = (("chosen", "rejected"), ("jpg_0", "jpg_1"), ("images",), ("image",))
+"""The sets of columns that hold images; the first that a row has all of counts."""
 
 OPTIONAL = ("weight", "margin", "p_chosen", "score_chosen", "score_rejected")
 COLUMNS = {
@@ -37,6 +41,10 @@ COLUMNS = {
         for name in ([column] if isinstance(column, str) else column)
     ),
 }
+
+
+Source = tuple[str, int | None]
+"""A column, and the place in it if it holds a list."""
 
 
 @dataclass(frozen=True)
@@ -62,6 +70,20 @@ def open_rows(data: Any, options: ImageOptions, kind: str | None = None) -> Rows
     if kind is not None:
         check_columns(rows[0], kind, LAYOUTS, rows.name)
     return rows
+
+
+def sources_of(row: Row) -> list[Source]:
+    """Where the images of a row are, of any kind, in the order of its columns.
+
+    Raises:
+        BadRow: there are none.
+    """
+    for names in IMAGE_COLUMNS:
+        if all(name in row for name in names):
+            many = [(name, range(len(row[name])) if name == "images" else [None]) for name in names]
+            return [(name, place) for name, places in many for place in places]
+    told = ", or ".join(" and ".join(names) for names in IMAGE_COLUMNS)
+    raise BadRow("no image", f"images stand in {told}; columns found: {', '.join(row)}")
 
 
 def prompt_of(row: Row) -> str:
@@ -95,9 +117,10 @@ def read_examples(
     Raises:
         DataError: a row is bad, a tie, or an identical pair, and the options say "error".
     """
+    table = _score_table(rows, kind, options)
     for index in tqdm(range(len(rows)), desc=f"Reading image {kind}", leave=False, disable=None):
         with sieve.guard(index):
-            found = _read(rows, index, kind, options, sieve)
+            found = _read(rows, index, kind, options, sieve, table)
             if found is not None:
                 row, images = found
                 for picture, image in zip(row.pictures, images, strict=True):
@@ -105,28 +128,42 @@ def read_examples(
                 yield row
 
 
+def _score_table(rows: Rows, kind: str, options: ImageOptions) -> ScoreTable | None:
+    if options.labels is None:
+        return None
+    if kind != "pairs":
+        raise ConfigError(
+            "data_options.labels decides which image of a pair is chosen, and this run reads "
+            f"{kind}. Take a loss of pairs, or leave labels out."
+        )
+    return ScoreTable(options.labels, len(rows))
+
+
 def _read(
-    rows: Rows, index: int, kind: str, options: ImageOptions, sieve: Sieve
+    rows: Rows, index: int, kind: str, options: ImageOptions, sieve: Sieve, table: ScoreTable | None
 ) -> tuple[ImageRow, list[Image]] | None:
     """A row and its images, or None if the options leave it out."""
     row = rows[index]
     prompt = prompt_of(row)
-    sources, label = _READERS[kind](row)
+    if table is None:
+        sources, label = _READERS[kind](row)
+    else:
+        sources = sources_of(row)
+        order, label = table.relabel(index, pair_label(row))
+        sources = [sources[place] for place in order]
     if label.tie and options.ties != "half":
         sieve.leave_out(index, TIE, option="ties", how=options.ties, fix="drop")
         return None
     opened = [open_picture(rows, row, index, *source) for source in sources]
     pictures = tuple(picture for picture, _ in opened)
+    if table is not None:
+        table.check(index, [picture.digest for picture in pictures])
     same = len(pictures) > 1 and len({picture.digest for picture in pictures}) == 1
     if same and options.identical_pairs != "keep":
         how = options.identical_pairs
         sieve.leave_out(index, SAME[kind], option="identical_pairs", how=how, fix="skip")
         return None
     return ImageRow(index, prompt, pictures, label), [image for _, image in opened]
-
-
-Source = tuple[str, int | None]
-"""A column, and the place in it if it holds a list."""
 
 
 def _pair(row: Row) -> tuple[Sequence[Source], Label]:

@@ -19,7 +19,15 @@ from alignkit.errors import ConfigError, DataError, nearest
 from alignkit.labels import Label
 from alignkit.options import ScoreLabels
 from alignkit.records import from_json
-from alignkit_diffusion.labelling import FACTS, PART, part_name
+
+FACTS = "scores.json"
+PART = 256
+"""Rows of a part: what a kill can cost, and what is scored in one call."""
+
+
+def part_name(start: int) -> str:
+    """The file of the rows from `start` on."""
+    return f"part-{start // PART:06d}.parquet"
 
 
 class ScoreTable:
@@ -45,33 +53,29 @@ class ScoreTable:
         self.weights = _weights(options.scorer, facts.get("scorers") or {}, folder)
         if facts.get("rows") != num_rows:
             raise DataError(
-                f"{folder} holds the scores of {facts.get('rows')} rows, and the data has {num_rows}: "
-                "they do not belong together. Score this data."
+                f"{folder} holds the scores of {facts.get('rows')} rows, and the data has "
+                f"{num_rows}: they do not belong together. Score this data."
             )
         self.folder = folder
         self.options = options
         self._table = _read(folder, num_rows, list(self.weights))
 
-    def relabel(self, row: int, digests: Sequence[str], label: Label) -> tuple[list[int], Label]:
+    def relabel(self, row: int, label: Label) -> tuple[list[int], Label]:
         """The order of a pair's images, chosen first, and its label by the scores.
 
         Args:
             row: its number.
-            digests: of its two images, in the order of the data's columns.
             label: what the data says; its weight stays, its margin and p_chosen do not.
+
+        Returns:
+            Places in the order of the data's columns, and the label.
 
         Raises:
             BadRow: an image has no score.
-            DataError: the images are not those that were scored.
         """
-        found = self._table.slice(row, 1).to_pylist()[0]
+        found = self._scores(row)
         if not found["digests"]:
             raise BadRow("no score", "its images could not be scored")
-        if found["digests"] != list(digests):
-            raise DataError(
-                f"Row {row} (counted from 0): its images are not those that were scored in "
-                f"{self.folder}. Score the data again, into another folder."
-            )
         scores = [self._combined(found, place) for place in range(2)]
         order = [0, 1] if scores[0] >= scores[1] else [1, 0]
         gap = abs(scores[0] - scores[1])
@@ -83,6 +87,22 @@ class ScoreTable:
         rank = (0, 0) if gap == 0 else (0, 1)
         chosen, rejected = (scores[place] for place in order)
         return order, replace(label, rank=rank, score=(chosen, rejected), numbers=numbers)
+
+    def check(self, row: int, digests: Sequence[str]) -> None:
+        """Refuse other images than those that were scored.
+
+        Raises:
+            DataError: an image of the row has another digest.
+        """
+        if sorted(self._scores(row)["digests"]) != sorted(digests):
+            raise DataError(
+                f"Row {row} (counted from 0): its images are not those that were scored in "
+                f"{self.folder}. Score the data again, into another folder."
+            )
+
+    def _scores(self, row: int) -> dict[str, Any]:
+        found: dict[str, Any] = self._table.slice(row, 1).to_pylist()[0]
+        return found
 
     def _combined(self, found: dict[str, Any], place: int) -> float:
         parts = [(found[name][place], weight) for name, weight in self.weights.items()]
@@ -110,8 +130,8 @@ def _read(folder: Path, num_rows: int, names: list[str]) -> Any:
     missing = [path.name for path in parts if not path.is_file()]
     if missing:
         raise DataError(
-            f"{folder} lacks {len(missing)} of {len(parts)} parts, such as {missing[0]}: scoring was "
-            "not finished. Run the same alignkit label images again; it goes on where it was."
+            f"{folder} lacks {len(missing)} of {len(parts)} parts, such as {missing[0]}: scoring "
+            "was not finished. Run the same alignkit label images again; it goes on where it was."
         )
     try:
         tables = [pyarrow.parquet.read_table(path, columns=["digests", *names]) for path in parts]
