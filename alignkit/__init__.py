@@ -26,6 +26,7 @@ from alignkit.options import (
     GenerationOptions,
     ImageOptions,
     LoRA,
+    ScoreLabels,
     TextOptions,
     TrainerOptions,
 )
@@ -39,6 +40,7 @@ from alignkit.reference_options import (
 if TYPE_CHECKING:
     from alignkit.api import AlignResult, Run, align, build
     from alignkit.cite import citations
+    from alignkit.labeller import sample_preferences
     from alignkit.precompute import precompute_reference
     from alignkit.trainer import Trainer
 
@@ -61,6 +63,7 @@ __all__ = [
     "NonFiniteError",
     "PrecomputedReference",
     "Run",
+    "ScoreLabels",
     "SyncedReference",
     "TextOptions",
     "Trainer",
@@ -71,6 +74,7 @@ __all__ = [
     "citations",
     "methods",
     "precompute_reference",
+    "sample_preferences",
 ]
 
 _LAZY = {
@@ -82,6 +86,7 @@ _LAZY = {
     "build": "alignkit.api",
     "citations": "alignkit.cite",
     "precompute_reference": "alignkit.precompute",
+    "sample_preferences": "alignkit.labeller",
 }
 """Name -> the module that has it, imported on first use."""
 

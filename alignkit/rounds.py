@@ -12,27 +12,31 @@ import hashlib
 import json
 import logging
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from PIL.Image import Image
-
 from alignkit.api import align
 from alignkit.assemble import continued
-from alignkit.atomic import atomic_folder, atomic_write
+from alignkit.atomic import atomic_write
 from alignkit.config import RunConfig, changed_keys, check, to_mapping
 from alignkit.criteria import criterion_of
 from alignkit.draws import generator
-from alignkit.errors import CheckpointError, ConfigError, DataError
+from alignkit.errors import CheckpointError, ConfigError
+from alignkit.labeller import (
+    Labeller,
+    check_labels,
+    nothing_preferred,
+    read_prompts,
+    write_rows,
+)
 from alignkit.methods import Method
 from alignkit.options import GenerationOptions, ImageOptions, LoRA, TextOptions, TrainerOptions
 from alignkit.parts import build_wing, modality_of
-from alignkit.preferences import Judged, by_judge, by_reward, preference_row
 from alignkit.protocols import PreferenceJudge, Reward
 from alignkit.records import from_json, to_json
 from alignkit.result import AlignResult
-from alignkit.rows import Row, read_rows
+from alignkit.rows import Row
 from alignkit.runtime import Runtime
 
 log = logging.getLogger("alignkit")
@@ -94,7 +98,8 @@ def align_rounds(
         DataError: for prompts that cannot be read, or a round in which no answer is preferred.
         CheckpointError: for a `run_dir` of rounds that were asked for otherwise.
     """
-    _check_rounds(policy, reward, judge, rounds, samples_per_prompt, soft_labels)
+    _check_rounds(policy, rounds)
+    check_labels(reward, judge, samples_per_prompt, soft_labels)
     folder, modality = Path(run_dir), modality_of(policy)
     first = RunConfig(
         policy,
@@ -115,14 +120,14 @@ def align_rounds(
             f"Rounds prefer answers to one another, and {type(method).__name__} reads single "
             "labelled ones. Take DPO() with a loss of pairs or rankings."
         )
-    rows = _read_prompts(prompts, {} if data_options is None else data_options.columns)
+    rows = read_prompts(prompts, {} if data_options is None else data_options.columns)
     labeller = Labeller(reward, judge, samples_per_prompt, soft_labels)
     asked = {**to_mapping(first), **labeller.describe(), "prompts": _digest(rows)}
     runtime = Runtime()
     _refuse_changes(folder / "rounds.json", asked, write=runtime.is_main)
     for number, config in _phases(first, modality, folder, rounds):
         if runtime.is_main and not Path(config.data).exists():
-            labeller.write(Path(config.data), config, modality, rows, number)
+            _answer(Path(config.data), labeller, config, modality, rows, number)
         runtime.barrier()
         result = align(**{field.name: getattr(config, field.name) for field in fields(config)})
     return result
@@ -144,98 +149,27 @@ def _phases(
             yield number, config
 
 
-@dataclass(frozen=True)
-class Labeller:
-    """Samples a round's answers and writes the rows that a reward or a judge makes of them.
+def _answer(
+    place: Path,
+    labeller: Labeller,
+    config: RunConfig,
+    modality: str,
+    rows: Sequence[Row],
+    number: int,
+) -> None:
+    """Sample, label and write the rows of a round.
 
-    Attributes:
-        reward, judge: one of the two.
-        samples: answers per prompt.
-        soft_labels: see `align_rounds`.
+    Raises:
+        DataError: if the answers to no prompt are preferred to one another.
     """
-
-    reward: Reward | None
-    judge: PreferenceJudge | None
-    samples: int
-    soft_labels: bool
-
-    def describe(self) -> dict[str, Any]:
-        """What the rows depend on, besides prompts and policy."""
-        by = self.judge if self.reward is None else self.reward
-        name = getattr(by, "__qualname__", type(by).__qualname__)
-        return {"samples": self.samples, "soft_labels": self.soft_labels, "labelled_by": name}
-
-    def write(
-        self, place: Path, config: RunConfig, modality: str, rows: Sequence[Row], number: int
-    ) -> None:
-        """Write the folder `place` of rows, all of it or nothing.
-
-        Raises:
-            DataError: if the answers to no prompt are preferred to one another.
-        """
-        answers, chat = self._sample(config, modality, rows, number)
-        name = "responses" if modality == "text" else "images"
-        lines = []
-        for index, judged in enumerate(self._judge(rows, answers)):
-            row = {**rows[index], "prompt": _as_asked(rows[index]["prompt"], chat)}
-            kept = [_name(answer, index, k) for k, answer in enumerate(answers[index])]
-            found = preference_row(row, name, kept, judged, soft_labels=self.soft_labels)
-            lines += [] if found is None else [json.dumps(found, ensure_ascii=False)]
-        if not lines:
-            raise DataError(
-                f"Round {number} has nothing to learn from: of none of the {len(rows)} prompts is "
-                "one answer preferred to another. Raise samples_per_prompt or "
-                "generation.temperature, or look at what the reward or judge says."
-            )
-        log.info("Round %d: %d of %d prompts have a preference.", number, len(lines), len(rows))
-        with atomic_folder(place) as temporary:
-            for index, given in enumerate(answers):
-                for k, answer in enumerate(given):
-                    if isinstance(answer, Image):
-                        answer.save(temporary / _name(answer, index, k))
-            (temporary / "metadata.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
-
-    def _sample(
-        self, config: RunConfig, modality: str, rows: Sequence[Row], number: int
-    ) -> tuple[list[list[Any]], bool]:
-        """The answers to each prompt, and whether strings were put as turns of a chat."""
-        wing = build_wing(config, modality, Runtime())
-        prompts = [row["prompt"] for row in rows]
-        seed = int(generator("rounds", config.seed, number).integers(2**31))
-        given = wing.sample(prompts * self.samples, config.generation, seed=seed)
-        wing.release()
-        # An empty answer cannot be a row; so it is not judged either.
-        num = len(rows)
-        return [[a for a in given[start::num] if a != ""] for start in range(num)], wing.chat
-
-    def _judge(self, rows: Sequence[Row], answers: Sequence[Sequence[Any]]) -> list[Judged]:
-        if self.reward is not None:
-            return by_reward(self.reward, rows, answers)
-        assert self.judge is not None
-        return by_judge(self.judge, rows, answers)
-
-
-def _as_asked(prompt: Any, chat: bool) -> Any:
-    """The prompt as it was put to the policy: bare strings are a user's turn in a chat."""
-    return [{"role": "user", "content": prompt}] if chat and isinstance(prompt, str) else prompt
-
-
-def _name(answer: Any, index: int, k: int) -> str:
-    """An answer as it stands in a row: the text, or the name of a file beside the rows."""
-    return f"{index:06d}-{k}.png" if isinstance(answer, Image) else answer
-
-
-def _read_prompts(prompts: Any, columns: Mapping[str, str]) -> list[Row]:
-    if isinstance(prompts, Sequence) and not isinstance(prompts, (str, bytes)):
-        prompts = [one if isinstance(one, Mapping) else {"prompt": one} for one in prompts]
-    rows = list(read_rows(prompts, columns=columns))
-    for number, row in enumerate(rows):
-        if not row.get("prompt"):
-            raise DataError(
-                f"Rounds need rows with a prompt; row {number} has {row.get('prompt')!r}. Columns "
-                f"found: {', '.join(row) or 'none'}. Rename with data_options.columns."
-            )
-    return rows
+    wing = build_wing(config, modality, Runtime())
+    seed = int(generator("rounds", config.seed, number).integers(2**31))
+    found = labeller.label(wing, config.generation, rows, seed=seed)
+    wing.release()
+    if not found:
+        raise nothing_preferred(len(rows))
+    log.info("Round %d: %d of %d prompts have a preference.", number, len(found), len(rows))
+    write_rows(place, found)
 
 
 def _digest(rows: Sequence[Row]) -> str:
@@ -274,22 +208,11 @@ def _refuse_changes(path: Path, asked: Mapping[str, Any], *, write: bool) -> Non
         atomic_write(path, to_json(asked, "rounds", indent=1) + "\n")
 
 
-def _check_rounds(
-    policy: Any, reward: Any, judge: Any, rounds: int, samples: int, soft_labels: bool
-) -> None:
+def _check_rounds(policy: Any, rounds: Any) -> None:
     if not isinstance(policy, (str, Path)):
         raise ConfigError(
             "The policy of rounds is a folder or hub name, since each round starts from the files "
             f"of the one before; got {type(policy).__name__}. Save it with save_pretrained first."
         )
-    if (reward is None) == (judge is None):
-        given = "neither" if reward is None else "both"
-        raise ConfigError(f"Answers are labelled by a reward or by a judge; got {given}.")
-    for name, value, least in (("rounds", rounds, 1), ("samples_per_prompt", samples, 2)):
-        if isinstance(value, bool) or not isinstance(value, int) or value < least:
-            raise ConfigError(f"{name} must be a whole number of at least {least}; got {value!r}.")
-    if soft_labels and judge is None:
-        raise ConfigError(
-            "soft_labels are the probabilities that a judge gives; a reward has none. Give a "
-            "judge, or leave soft_labels out."
-        )
+    if isinstance(rounds, bool) or not isinstance(rounds, int) or rounds < 1:
+        raise ConfigError(f"rounds must be a whole number of at least 1; got {rounds!r}.")

@@ -285,7 +285,7 @@ def test_what_cannot_be_asked_for(change: Any, words: str, policy: Path, tmp_pat
 def test_a_round_without_a_preference_and_prompts_that_are_none(
     policy: Path, tmp_path: Path
 ) -> None:
-    with pytest.raises(DataError, match="Round 1 has nothing to learn from"):
+    with pytest.raises(DataError, match="nothing to learn from"):
         run(policy, tmp_path / "run", lambda prompts, responses, rows: [1.0] * len(prompts))
     with pytest.raises(DataError, match=r"row 1 has None.*Columns found: question"):
         align_rounds(

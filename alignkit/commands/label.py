@@ -58,6 +58,44 @@ def images(
     typer.echo(folder)
 
 
+@app.command()
+def samples(
+    model: Annotated[str, typer.Argument(help="A model folder, pipeline folder or hub name.")],
+    prompts: Annotated[str, typer.Argument(help="Rows with a prompt.")],
+    scorer: _Scorers,
+    out: Annotated[Path, typer.Option(help="The folder of preference rows.")],
+    per_prompt: Annotated[int, typer.Option(help="Answers to each prompt.")] = 4,
+    adapter: Annotated[str | None, typer.Option(help="An adapter folder to sample with.")] = None,
+    seed: Annotated[int, typer.Option(help="The key of every random draw.")] = 0,
+    generation: Annotated[
+        list[str] | None,
+        typer.Option("--generation", metavar="KEY=VALUE", help="Such as steps=30; repeatable."),
+    ] = None,
+    column: _Columns = None,
+) -> None:
+    """Generate and rank: sample answers, score them, keep the best and the worst as a pair.
+
+    Of several scorers the scores are added up.
+    """
+    from alignkit.config import override
+    from alignkit.labeller import sample_preferences
+    from alignkit.options import GenerationOptions, LoRA
+    from alignkit.schema import build
+
+    folder = sample_preferences(
+        model,
+        prompts,
+        out=out,
+        reward=scorer[0] if len(scorer) == 1 else [(one, 1.0) for one in scorer],
+        samples_per_prompt=per_prompt,
+        adapter=None if adapter is None else LoRA(continue_from=adapter),
+        columns=_renames(column),
+        generation=build(GenerationOptions, override({}, generation or []), "generation"),
+        seed=seed,
+    )
+    typer.echo(folder)
+
+
 def _renames(columns: list[str] | None) -> dict[str, str]:
     pairs = [given.partition("=") for given in columns or ()]
     for given, (ours, _, theirs) in zip(columns or (), pairs, strict=True):
