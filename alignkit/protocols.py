@@ -232,10 +232,8 @@ class Wing(Protocol):
     """What the caller gets back: a PreTrainedModel, a PeftModel or a DiffusionPipeline."""
     tokenizer: Any
     """The tokenizer of a text wing, None otherwise."""
-    adapter: str
-    """"none", "fresh" or "continued"."""
-    default_options: Any
-    """The `TextOptions` or `ImageOptions` that hold when the caller gives none."""
+    adapter: str  # "none", "fresh" or "continued"
+    default_options: Any  # the TextOptions or ImageOptions that hold when the caller gives none
     chat: bool
     """Whether `sample` takes a bare string for a user's turn of a conversation."""
 
