@@ -24,6 +24,7 @@ from alignkit.run import NUM_SAMPLES, Run, giving_back, tell
 from alignkit.run_folder import RunFolder, environment
 from alignkit.runtime import Runtime, pick_precision
 from alignkit.sources import RowSource
+from alignkit.splits import SPLIT
 from alignkit.trainer import Trainer
 
 
@@ -55,7 +56,7 @@ def check_places(config: RunConfig, modality: str) -> None:
     """
     sets = config.eval_data.values() if isinstance(config.eval_data, Mapping) else ()
     for data in (config.data, config.eval_data, *sets):
-        if isinstance(data, (str, Path)):
+        if isinstance(data, (str, Path)) and data != SPLIT:
             refuse_missing(data)
     start = None if config.adapter is None else config.adapter.continue_from
     if start is not None and is_missing(start):
@@ -175,7 +176,7 @@ def _sources(
 
     def source(data: Any, epochs: float | None, *, training: bool) -> RowSource:
         rows = objective.criterion.kind.rows
-        read = options if training else options.held_out()
+        data, read = (data, options) if training else _evaluated(config, data, options)
         examples = wing.examples(data, read, kind=rows, seed=config.seed)
         check_labels(objective.criterion, examples.labels)
         return RowSource(
@@ -194,14 +195,22 @@ def _sources(
     return training, {name: source(data, 1, training=False) for name, data in named.items()}
 
 
+def _evaluated(config: RunConfig, data: Any, options: Any) -> tuple[Any, Any]:
+    """A held-out set and the options that it is read with."""
+    if isinstance(data, str) and data == SPLIT:
+        return config.data, options.split()
+    return data, options.held_out()
+
+
 def _sample_prompts(config: RunConfig, wing: Wing, options: Any) -> list[Any]:
     if config.run_dir is None:
         return []
     held_out = config.eval_data
     if isinstance(held_out, Mapping):
         held_out = next(iter(held_out.values()), None)
-    data = config.data if held_out is None else held_out
-    return wing.prompts(data, options, NUM_SAMPLES)
+    if held_out is None:
+        return wing.prompts(config.data, options, NUM_SAMPLES)
+    return wing.prompts(*_evaluated(config, held_out, options), NUM_SAMPLES)
 
 
 def _facts(

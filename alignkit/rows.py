@@ -15,6 +15,7 @@ from typing import Any, overload
 
 from alignkit.errors import DataError, nearest
 from alignkit.places import SUFFIXES, is_missing
+from alignkit.shards import SHARDED, shards_of
 
 Row = dict[str, Any]
 
@@ -26,6 +27,7 @@ class Rows(Sequence[Row]):
     Attributes:
         name: what errors call the data: a path, a hub name, or "the given list".
         folder: what relative paths in the rows are relative to; None for data without a place.
+        sealed: the rows hold all that is theirs; a path in one is not to be followed.
     """
 
     def __init__(
@@ -37,6 +39,7 @@ class Rows(Sequence[Row]):
         folder: Path | None = None,
         lines: Sequence[int] | None = None,
         columns: Mapping[str, str] = MappingProxyType({}),
+        sealed: bool = False,
     ) -> None:
         self._size = size
         self._get = get
@@ -44,6 +47,7 @@ class Rows(Sequence[Row]):
         self._columns = dict(columns)
         self.name = name
         self.folder = folder
+        self.sealed = sealed
 
     def __len__(self) -> int:
         return self._size
@@ -86,8 +90,9 @@ def read_rows(
     """Open `data` as a sequence of rows.
 
     Args:
-        data: a jsonl, json, csv or parquet file; a folder with `metadata.*` or `<split>.*` in one
-            of these formats, or written by `datasets.save_to_disk`; a hub name; a
+        data: a jsonl, json, csv, parquet or tar file (see `alignkit.tars`); a folder with
+            `metadata.*` or `<split>.*` in one of these formats, with shards in parquet or tar
+            files, or written by `datasets.save_to_disk`; a hub name; a
             `datasets.Dataset`, `IterableDataset` (read to its end) or `DatasetDict`; or a sequence
             of dicts.
         columns: our column name -> the data's.
@@ -161,11 +166,14 @@ def _read_folder(folder: Path, split: str) -> Rows:
     files = sorted(path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES)
     if len(files) == 1:
         return _read_file(files[0])
+    if shards := shards_of(files, split):
+        return _read_shards(shards, str(folder))
     found = ", ".join(sorted(path.name for path in folder.iterdir())[:12]) or "nothing"
     raise DataError(
         "A data folder holds metadata.jsonl, metadata.json, metadata.csv or metadata.parquet (or "
-        f"{split}.*), or a dataset written by datasets.save_to_disk; {folder} holds {found}. Name "
-        "the file itself, or rename it to metadata.*."
+        f"{split}.*), shards of one format ({', '.join(SHARDED)}), or a dataset written by "
+        f"datasets.save_to_disk; {folder} holds {found}. Name the file itself, or rename it to "
+        "metadata.*."
     )
 
 
@@ -174,7 +182,7 @@ def _read_file(path: Path) -> Rows:
         ".jsonl": _read_jsonl,
         ".json": _read_json,
         ".csv": _read_csv,
-        ".parquet": _read_parquet,
+        **{suffix: lambda path: _read_shards([path], str(path)) for suffix in SHARDED},
     }
     reader = readers.get(path.suffix.lower())
     if reader is None:
@@ -241,20 +249,11 @@ def _read_csv(path: Path) -> Rows:
     return Rows(len(found), found.__getitem__, name=str(path), folder=path.parent, lines=lines)
 
 
-def _read_parquet(path: Path) -> Rows:
-    import pyarrow
-    import pyarrow.parquet
-
-    try:
-        table = pyarrow.parquet.read_table(path, memory_map=True)
-    except (pyarrow.ArrowException, OSError) as error:
-        raise DataError(f"{path} must be a parquet file; {error}.") from error
-    return Rows(
-        table.num_rows,
-        lambda index: table.slice(index, 1).to_pylist()[0],
-        name=str(path),
-        folder=path.parent,
-    )
+def _read_shards(paths: Sequence[Path], name: str) -> Rows:
+    suffix = paths[0].suffix.lower()
+    found = SHARDED[suffix](paths)
+    get, folder = found.__getitem__, paths[0].parent
+    return Rows(len(found), get, name=name, folder=folder, sealed=suffix == ".tar")
 
 
 def _is_dataset(data: Any) -> bool:

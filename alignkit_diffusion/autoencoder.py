@@ -48,16 +48,20 @@ class Autoencoder:
         """How many images of this size one call takes."""
         return max(1, min(IMAGES_PER_CALL, PIXELS_PER_CALL // (height * width)))
 
-    @torch.no_grad()
     def encode(self, pixels: Tensor) -> Tensor:
         """Latents (N, C, h, w) of pixels (N, 3, H, W) in [-1, 1], float32 on the CPU.
 
         The mean of the posterior, so that an image has one latent: at the scale of SDXL's
         posterior, sampling it adds noise far below what the first timestep adds.
         """
-        mean = self._module().encode(pixels.to(self._device)).latent_dist.mean
+        return self.posterior(pixels)[0]
+
+    @torch.no_grad()
+    def posterior(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation of the latents of pixels, as `encode` has them."""
+        found = self._module().encode(pixels.to(self._device)).latent_dist
         shift, scale = self._affine()
-        return ((mean.cpu() - shift) * scale).float()
+        return ((found.mean.cpu() - shift) * scale).float(), (found.std.cpu() * scale).float()
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:

@@ -7,12 +7,13 @@ the crop, flip and caption dropout of a row are the same for all of its images.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from PIL.Image import Image
 from torch import Tensor
+from tqdm.auto import tqdm
 
 from alignkit.batches import Batch
 from alignkit.columns import Sieve
@@ -21,19 +22,24 @@ from alignkit.errors import DataError
 from alignkit.labels import Labels
 from alignkit.options import ImageOptions
 from alignkit.rows import Rows
+from alignkit.splits import in_part
 from alignkit_diffusion.autoencoder import Autoencoder
 from alignkit_diffusion.conditioning import PromptTable
 from alignkit_diffusion.content import ImageContent
 from alignkit_diffusion.families import Family
-from alignkit_diffusion.images import Augmentation, Placement
+from alignkit_diffusion.geometry import Geometry
+from alignkit_diffusion.images import Placement
 from alignkit_diffusion.pictures import Picture, reopen, where
-from alignkit_diffusion.rows import ImageRow, open_rows, read_examples
+from alignkit_diffusion.rows import ImageRow, Prepare, open_rows, read_examples
 
 AUGMENTED_BYTES = 4 * 2**30
 """Memory for latents of random crops and flips; the least recently used are encoded again."""
 
 Variant = tuple[str, Placement]
 """Content hash and placement: what a latent depends on."""
+
+Posterior = tuple[Tensor, Tensor | None]
+"""Mean and standard deviation (C, h, w) of an image's latent; the latter only if it is sampled."""
 
 
 class LatentStore:
@@ -43,58 +49,80 @@ class LatentStore:
         autoencoder: encodes.
         rows: where an image is decoded again when a new variant of it is asked for.
         limit: bytes to keep; None keeps all.
+        spread: keep the posterior's standard deviation too.
     """
 
-    def __init__(self, autoencoder: Autoencoder, rows: Rows, limit: int | None) -> None:
+    def __init__(
+        self, autoencoder: Autoencoder, rows: Rows, limit: int | None, *, spread: bool = False
+    ) -> None:
         self._autoencoder = autoencoder
         self._rows = rows
         self._limit = limit
+        self._spread = spread
         self._bytes = 0
-        self._latents: OrderedDict[Variant, Tensor] = OrderedDict()
-        self._queue: dict[Variant, tuple[Picture, Tensor]] = {}
+        self._kept: OrderedDict[Variant, Posterior] = OrderedDict()
+        self._queues: dict[tuple[int, int], dict[Variant, tuple[Picture, Tensor]]] = {}
 
     def __len__(self) -> int:
-        return len(self._latents)
+        return len(self._kept)
 
-    def queue(self, picture: Picture, placement: Placement, image: Image) -> None:
-        """Encode in a batch with others, soon; `flush` ends it."""
+    def lacks(self, picture: Picture, placement: Placement) -> bool:
+        """Whether this variant has not been encoded yet."""
         variant = (picture.digest, placement)
-        if variant in self._latents or variant in self._queue:
+        return variant not in self._kept and variant not in self._queue(placement)
+
+    def queue(self, picture: Picture, placement: Placement, pixels: Tensor) -> None:
+        """Encode in a batch with others of its shape, soon; `flush` ends it."""
+        if not self.lacks(picture, placement):
             return
-        self._queue[variant] = (picture, placement.pixels(image))
-        if len(self._queue) >= self._autoencoder.batch_size(placement.size, placement.size):
-            self.flush()
+        queue = self._queue(placement)
+        queue[picture.digest, placement] = (picture, pixels)
+        if len(queue) >= self._autoencoder.batch_size(*placement.target):
+            self._encode(queue)
 
     def flush(self) -> None:
         """Encode what is queued."""
-        if not self._queue:
+        for queue in self._queues.values():
+            self._encode(queue)
+
+    def get(self, picture: Picture, placement: Placement) -> Posterior:
+        """Float32. A new variant is encoded alone, so that no batch changes its bits."""
+        variant = (picture.digest, placement)
+        if variant not in self._kept:
+            image = reopen(self._rows, picture)
+            self.queue(picture, placement, placement.pixels(image))
+            self.flush()
+        self._kept.move_to_end(variant)
+        return self._kept[variant]
+
+    def _queue(self, placement: Placement) -> dict[Variant, tuple[Picture, Tensor]]:
+        return self._queues.setdefault(placement.target, {})
+
+    def _encode(self, queue: dict[Variant, tuple[Picture, Tensor]]) -> None:
+        if not queue:
             return
-        pixels = torch.stack([pixels for _, pixels in self._queue.values()])  # (N, 3, H, W)
-        encoded = self._autoencoder.encode(pixels)  # (N, C, h, w)
-        for (variant, (picture, _)), latents in zip(self._queue.items(), encoded, strict=True):
-            if not bool(torch.isfinite(latents).all()):
+        pixels = torch.stack([pixels for _, pixels in queue.values()])  # (N, 3, H, W)
+        means, deviations = self._autoencoder.posterior(pixels)  # (N, C, h, w)
+        for place, (variant, (picture, _)) in enumerate(queue.items()):
+            mean, deviation = means[place], deviations[place]
+            if not bool(torch.isfinite(mean).all() & torch.isfinite(deviation).all()):
                 raise DataError(
                     f"Latents must be finite; {where(self._rows, picture)} gave NaN or infinity. "
                     "Look at the image, and at the weights of the pipeline's VAE."
                 )
-            self._keep(variant, latents.clone())
-        self._queue.clear()
+            self._keep(variant, (mean.clone(), deviation.clone() if self._spread else None))
+        queue.clear()
 
-    def get(self, picture: Picture, placement: Placement) -> Tensor:
-        """(C, h, w) float32. A new variant is encoded alone, so that no batch changes its bits."""
-        variant = (picture.digest, placement)
-        if variant not in self._latents:
-            self.queue(picture, placement, reopen(self._rows, picture))
-            self.flush()
-        self._latents.move_to_end(variant)
-        return self._latents[variant]
+    def _keep(self, variant: Variant, posterior: Posterior) -> None:
+        self._kept[variant] = posterior
+        self._bytes += _size(posterior)
+        while self._limit is not None and self._bytes > self._limit and len(self._kept) > 1:
+            _, oldest = self._kept.popitem(last=False)
+            self._bytes -= _size(oldest)
 
-    def _keep(self, variant: Variant, latents: Tensor) -> None:
-        self._latents[variant] = latents
-        self._bytes += latents.nbytes
-        while self._limit is not None and self._bytes > self._limit and len(self._latents) > 1:
-            _, oldest = self._latents.popitem(last=False)
-            self._bytes -= oldest.nbytes
+
+def _size(posterior: Posterior) -> int:
+    return sum(part.nbytes for part in posterior if part is not None)
 
 
 class ImageExamples:
@@ -120,6 +148,7 @@ class ImageExamples:
         self._latents = latents
         self._prompts = prompts
         self._options = options
+        self._geometry = Geometry(options)
         self._seed = seed
 
     def __len__(self) -> int:
@@ -134,10 +163,12 @@ class ImageExamples:
         ]
         latents, geometry = [], []
         for row, epoch in zip(rows, epochs, strict=True):
-            augmentation = augment(self._options, self._seed, epoch, row.number)
-            for picture in row.pictures:
-                placement = place(picture, self._options, augmentation)
-                latents.append(self._latents.get(picture, placement))
+            augmentation = self._geometry.augmentation(self._seed, epoch, row.number)
+            placements = self._geometry.placements(row.pictures, augmentation)
+            for place, (picture, placement) in enumerate(
+                zip(row.pictures, placements, strict=True)
+            ):
+                latents.append(self._latent(picture, placement, epoch, row.number, place))
                 geometry.append(placement.time_ids())
         content = ImageContent(
             tuple(latents),
@@ -149,23 +180,20 @@ class ImageExamples:
     def mismatched(self, indices: Sequence[int]) -> list[int]:
         return self.labels.mismatched(indices, [self._rows[index].prompt for index in indices])
 
+    def _latent(
+        self, picture: Picture, placement: Placement, epoch: int, row: int, place: int
+    ) -> Tensor:
+        """(C, h, w) float32: the posterior's mean, or this epoch's sample of it."""
+        mean, deviation = self._latents.get(picture, placement)
+        if self._options.latents == "mean":
+            return mean
+        assert deviation is not None
+        noise = generator("latents", self._seed, epoch, row, place).standard_normal(mean.shape)
+        return mean + deviation * torch.from_numpy(noise).float()
+
     def _drops_caption(self, row: ImageRow, epoch: int) -> bool:
         share = self._options.caption_dropout
         return share > 0 and generator("caption", self._seed, epoch, row.number).random() < share
-
-
-def augment(options: ImageOptions, seed: int, epoch: int, row: int) -> Augmentation:
-    """What a row does to all its images in an epoch."""
-    key = (seed, epoch, row)
-    crop = generator("crop", *key) if options.crop == "random" else None
-    flip = generator("flip", *key) if options.flip else None
-    return Augmentation.drawn(crop, flip)
-
-
-def place(picture: Picture, options: ImageOptions, augmentation: Augmentation) -> Placement:
-    """How an image becomes a square of the run's resolution, from its own size."""
-    assert options.resolution is not None
-    return Placement.of(picture.height, picture.width, options.resolution, augmentation)
 
 
 def prepare_examples(
@@ -189,15 +217,17 @@ def prepare_examples(
         DataError: see `rows.open_rows` and `rows.read_examples`; or no row is usable.
     """
     opened = open_rows(data, options, kind)
-    fixed = options.crop == "center" and not options.flip
-    latents = LatentStore(autoencoder, opened, None if fixed else AUGMENTED_BYTES)
+    geometry = Geometry(options)
+    limit = AUGMENTED_BYTES if geometry.fixed is None else None
+    latents = LatentStore(autoencoder, opened, limit, spread=options.latents == "sample")
     sieve = Sieve(opened, options.on_bad_row)
-
-    def on_image(picture: Picture, image: Image) -> None:
-        if fixed:
-            latents.queue(picture, place(picture, options, Augmentation()), image)
-
-    rows = list(read_examples(opened, kind, options, sieve, on_image))
+    rows = []
+    reading = read_examples(opened, kind, options, sieve, _variants(geometry, latents))
+    for row, made in _shown(reading, len(opened), kind):
+        for picture, variants in zip(row.pictures, made, strict=True):
+            for placement, pixels in variants:
+                latents.queue(picture, placement, pixels)
+        rows.append(row)
     latents.flush()
     sieve.warn()
     if not rows:
@@ -206,9 +236,33 @@ def prepare_examples(
             f"{dict(sieve.skipped)}."
         )
     prompts = PromptTable(pipe, family, (row.prompt for row in rows), device)
-    if fixed:
+    if geometry.fixed is not None:
         autoencoder.release()
     return ImageExamples(rows, latents, prompts, options, seed=seed, skipped=sieve.skipped)
+
+
+Variants = list[tuple[Placement, Tensor]]
+"""What of an image is to be encoded: placements and pixels."""
+
+
+def _variants(geometry: Geometry, latents: LatentStore) -> Prepare:
+    """Make pixels, while an image is decoded, of all its variants that are not encoded yet."""
+
+    def of_row(pictures: list[Picture]) -> Callable[[Picture, Image], Variants]:
+        placements = [geometry.placements(pictures, one) for one in geometry.fixed or ()]
+
+        def of_picture(picture: Picture, image: Image) -> Variants:
+            place = pictures.index(picture)
+            wanted = [of_all[place] for of_all in placements]
+            return [(one, one.pixels(image)) for one in wanted if latents.lacks(picture, one)]
+
+        return of_picture
+
+    return of_row
+
+
+def _shown(reading: Iterator[Any], total: int, kind: str) -> Iterator[Any]:
+    return iter(tqdm(reading, f"Reading image {kind}", total, leave=False, disable=None))
 
 
 def distinct_prompts(data: Any, options: ImageOptions, limit: int) -> list[str]:
@@ -218,6 +272,6 @@ def distinct_prompts(data: Any, options: ImageOptions, limit: int) -> list[str]:
         if len(found) >= limit:
             break
         prompt = row.get("prompt", row.get("caption"))
-        if isinstance(prompt, str):
+        if isinstance(prompt, str) and in_part(prompt, options.held_out_share, options.part):
             found[prompt] = None
     return list(found)

@@ -75,15 +75,25 @@ def _open(source: Any, folder: Path | None) -> tuple[Image.Image, str]:
         shown = "nothing" if source in (None, "") else type(source).__name__
         raise BadRow("no image", f"an image is a path, bytes or a PIL image; got {shown}")
     try:
-        return Image.open(source), name
-    except Image.DecompressionBombError as error:
-        raise BadRow(
-            "over-large image",
-            f"{name}: {error} Make it smaller, or raise PIL.Image.MAX_IMAGE_PIXELS if you trust "
-            "where it comes from.",
-        ) from error
+        image = Image.open(source)
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise _over_large(name, str(error)) from error
     except Exception as error:
         raise BadRow("unreadable image", f"{name} is not an image: {error}") from error
+    limit = Image.MAX_IMAGE_PIXELS
+    if limit is not None and image.width * image.height > limit:
+        # PIL itself only warns up to twice its limit.
+        found = f"{image.width} x {image.height} are more than {limit} pixels."
+        raise _over_large(name, found)
+    return image, name
+
+
+def _over_large(name: str, found: str) -> BadRow:
+    return BadRow(
+        "over-large image",
+        f"{name}: {found} Make it smaller, or raise PIL.Image.MAX_IMAGE_PIXELS if you trust where "
+        "it comes from.",
+    )
 
 
 def _to_rgb(image: Image.Image, name: str) -> Image.Image:
@@ -132,43 +142,53 @@ class Augmentation:
 
 @dataclass(frozen=True)
 class Placement:
-    """How one image becomes a square: flip, resize the short side, crop.
+    """How one image becomes a rectangle of the run's: flip, resize until it is covered, crop.
 
     Attributes:
         original: (height, width) of the image as it is, in pixels.
         resized: (height, width) after resizing.
         corner: (top, left) of the crop in the resized (and flipped) image.
-        size: side of the square.
+        target: (height, width) of the crop.
         flip: mirrored before everything else.
     """
 
     original: tuple[int, int]
     resized: tuple[int, int]
     corner: tuple[int, int]
-    size: int
+    target: tuple[int, int]
     flip: bool
 
     @classmethod
-    def of(cls, height: int, width: int, size: int, augmentation: Augmentation) -> Placement:
-        """The placement of an image of (height, width) in a square of `size`."""
-        scale = size / min(height, width)
-        resized = (max(size, round(height * scale)), max(size, round(width * scale)))
+    def of(
+        cls, height: int, width: int, target: tuple[int, int], augmentation: Augmentation
+    ) -> Placement:
+        """The placement of an image of (height, width) in a rectangle of `target`."""
+        scale = max(target[0] / height, target[1] / width)
+        resized = (max(target[0], round(height * scale)), max(target[1], round(width * scale)))
         shares = (augmentation.top, augmentation.left)
-        corner = [round(share * (side - size)) for share, side in zip(shares, resized, strict=True)]
-        return cls((height, width), resized, (corner[0], corner[1]), size, augmentation.flip)
+        top, left = (
+            round(share * (side - crop))
+            for share, side, crop in zip(shares, resized, target, strict=True)
+        )
+        return cls((height, width), resized, (top, left), target, augmentation.flip)
 
     def time_ids(self) -> tuple[int, ...]:
         """Original height, width; crop top, left; target height, width (2307.01952, sec. 2.2)."""
-        return (*self.original, *self.corner, self.size, self.size)
+        return (*self.original, *self.corner, *self.target)
+
+    def key(self) -> bytes:
+        """What a latent depends on besides the image and the VAE."""
+        numbers = (*self.resized, *self.corner, *self.target, int(self.flip))
+        return f"lanczos {' '.join(map(str, numbers))}".encode()
 
     def pixels(self, image: Image.Image) -> Tensor:
-        """(3, size, size) float32 in [-1, 1]."""
+        """(3, height, width) float32 in [-1, 1]."""
         if self.flip:
             image = ImageOps.mirror(image)
         height, width = self.resized
         # PIL's filters widen when they shrink, so this does not alias.
         image = image.resize((width, height), Image.Resampling.LANCZOS)
-        top, left = self.corner
-        image = image.crop((left, top, left + self.size, top + self.size))
-        values = torch.from_numpy(np.array(image)).permute(2, 0, 1)  # (3, size, size)
+        (top, left), (tall, wide) = self.corner, self.target
+        image = image.crop((left, top, left + wide, top + tall))
+        values = torch.from_numpy(np.array(image)).permute(2, 0, 1)  # (3, height, width)
         return values.float() / 127.5 - 1.0

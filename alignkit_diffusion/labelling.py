@@ -25,8 +25,8 @@ from alignkit.errors import CheckpointError, ConfigError, DataError
 from alignkit.protocols import Reward
 from alignkit.records import from_json, to_json
 from alignkit.rows import Row, Rows, read_rows
+from alignkit_diffusion.layouts import prompt_of, sources_of
 from alignkit_diffusion.pictures import Picture, open_picture
-from alignkit_diffusion.rows import prompt_of, sources_of
 from alignkit_diffusion.score_labels import FACTS, PART, part_name
 
 log = logging.getLogger("alignkit")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from PIL.Image import Image
@@ -44,7 +45,7 @@ def open_picture(
     if column not in row:
         raise BadRow("no image", f"there is no column {column!r} in this row")
     try:
-        image = open_image(_source(row, column, place), rows.folder)
+        image = open_image(_held(rows, _source(row, column, place)), rows.folder)
     except BadRow as bad:
         raise BadRow(bad.reason, f"column {_name(column, place)!r}: {bad}") from bad
     return Picture(index, column, digest(image), image.height, image.width, place), image
@@ -58,7 +59,7 @@ def reopen(rows: Rows, picture: Picture) -> Image:
     """
     try:
         source = _source(rows[picture.row], picture.column, picture.place)
-        image = open_image(source, rows.folder)
+        image = open_image(_held(rows, source), rows.folder)
     except BadRow as bad:
         raise DataError(f"{where(rows, picture)}: {bad}; it was readable before.") from bad
     if digest(image) != picture.digest:
@@ -80,6 +81,13 @@ def where(rows: Rows, picture: Picture) -> str:
 
 def _source(row: Row, column: str, place: int | None) -> Any:
     return row.get(column) if place is None else row[column][place]
+
+
+def _held(rows: Rows, source: Any) -> Any:
+    """The source, unless it is a path in an archive, which may lead anywhere on this machine."""
+    if rows.sealed and isinstance(source, str | Path | Mapping):
+        raise BadRow("path in an archive", "an archive holds its images itself; got a path")
+    return source
 
 
 def _name(column: str, place: int | None) -> str:

@@ -1,50 +1,43 @@
-"""Image rows of every kind: layouts, ties, identical images, and what to do with bad rows."""
+"""Image rows of every kind: ties, margins, identical images, and what to do with bad rows.
+
+Images are decoded in threads, a little ahead of whoever asks for the rows.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+import os
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 from PIL.Image import Image
-from tqdm.auto import tqdm
 
-from alignkit.columns import SAME, TIE, BadRow, Column, Sieve, check_columns, number
-from alignkit.errors import ConfigError, refuse_unknown
-from alignkit.labels import Label, group_label, pair_label, single_label
+from alignkit.columns import SAME, TIE, BadRow, Sieve, check_columns
+from alignkit.errors import ConfigError, DataError, refuse_unknown
+from alignkit.labels import Label, pair_label
 from alignkit.options import ImageOptions
 from alignkit.rows import Row, Rows, read_rows
+from alignkit.splits import in_part
+from alignkit_diffusion.layouts import (
+    COLUMNS,
+    COLUMNS_OF,
+    LeftOut,
+    Reading,
+    prompt_of,
+    read_layout,
+    sources_of,
+)
 from alignkit_diffusion.pictures import Picture, open_picture
 from alignkit_diffusion.score_labels import ScoreTable
 
-LAYOUTS: Mapping[str, tuple[tuple[Column, ...], ...]] = {
-    "pairs": (
-        (("prompt", "caption"), "chosen", "rejected"),
-        (("caption", "prompt"), "jpg_0", "jpg_1", ("label_0", "label_1")),
-    ),
-    "groups": ((("prompt", "caption"), "images", ("ranking", "scores")),),
-    "unpaired": ((("prompt", "caption"), "image", "label"),),
-}
-"""Kind of rows -> the ways to write them; pairs also as Pick-a-Pic has them."""
+HELD_OUT = "held out by their prompt"
+SMALL_MARGIN = "margin below min_margin"
 
-IMAGE_COLUMNS = (("chosen", "rejected"), ("jpg_0", "jpg_1"), ("images",), ("image",))
-"""The sets of columns that hold images; the first that a row has all of counts."""
-
-OPTIONAL = ("weight", "margin", "p_chosen", "score_chosen", "score_rejected")
-COLUMNS = {
-    *OPTIONAL,
-    *(
-        name
-        for layouts in LAYOUTS.values()
-        for layout in layouts
-        for column in layout
-        for name in ([column] if isinstance(column, str) else column)
-    ),
-}
-
-
-Source = tuple[str, int | None]
-"""A column, and the place in it if it holds a list."""
+THREADS = max(2, min(8, os.cpu_count() or 1))
+AHEAD = 4 * THREADS
+"""Rows whose images are decoded before they are asked for."""
 
 
 @dataclass(frozen=True)
@@ -68,34 +61,21 @@ def open_rows(data: Any, options: ImageOptions, kind: str | None = None) -> Rows
         refuse_unknown("column in data_options.columns", ours, COLUMNS)
     rows = read_rows(data, columns=options.columns)
     if kind is not None:
-        check_columns(rows[0], kind, LAYOUTS, rows.name)
+        check_columns(rows[0], kind, COLUMNS_OF, rows.name)
     return rows
 
 
-def sources_of(row: Row) -> list[Source]:
-    """Where the images of a row are, of any kind, in the order of its columns.
+class _Pending(NamedTuple):
+    """A row whose images are being decoded."""
 
-    Raises:
-        BadRow: there are none.
-    """
-    for names in IMAGE_COLUMNS:
-        if all(name in row for name in names):
-            many = [(name, range(len(row[name])) if name == "images" else [None]) for name in names]
-            return [(name, place) for name, places in many for place in places]
-    told = ", or ".join(" and ".join(names) for names in IMAGE_COLUMNS)
-    raise BadRow("no image", f"images stand in {told}; columns found: {', '.join(row)}")
+    number: int
+    prompt: str
+    found: Reading | Exception
+    opened: Future[list[tuple[Picture, Image, Any]]] | None
 
 
-def prompt_of(row: Row) -> str:
-    """The prompt of a row; the empty string is one.
-
-    Raises:
-        BadRow: there is none, or it is not a string.
-    """
-    prompt = row.get("prompt", row.get("caption"))
-    if not isinstance(prompt, str):
-        raise BadRow("no prompt", f"a prompt is a string; got {type(prompt).__name__}")
-    return prompt
+Prepare = Callable[[list[Picture]], Callable[[Picture, Image], Any]]
+"""The pictures of a row -> what is made of each of them, in the thread that decoded it."""
 
 
 def read_examples(
@@ -103,29 +83,67 @@ def read_examples(
     kind: str,
     options: ImageOptions,
     sieve: Sieve,
-    on_image: Callable[[Picture, Image], None],
-) -> Iterator[ImageRow]:
-    """The usable rows, in their order.
+    make: Prepare,
+    indices: Iterable[int] | None = None,
+) -> Iterator[tuple[ImageRow, list[Any]]]:
+    """The usable rows in their order, each with what `make` made of its images.
 
     Args:
         rows: from `open_rows`.
         kind: "pairs", "groups" or "unpaired".
-        options: `ties` and `identical_pairs` decide what is left out.
+        options: which part of the data is read, and what is left out.
         sieve: leaves out, and counts.
-        on_image: given each image of each usable row while its pixels are there.
+        make: works on images in threads.
+        indices: of the rows; None reads all of them.
 
     Raises:
+        ConfigError: `min_margin` for rows that are no pairs.
         DataError: a row is bad, a tie, or an identical pair, and the options say "error".
     """
-    table = _score_table(rows, kind, options)
-    for index in tqdm(range(len(rows)), desc=f"Reading image {kind}", leave=False, disable=None):
-        with sieve.guard(index):
-            found = _read(rows, index, kind, options, sieve, table)
-            if found is not None:
-                row, images = found
-                for picture, image in zip(row.pictures, images, strict=True):
-                    on_image(picture, image)
-                yield row
+    if options.min_margin is not None and kind != "pairs":
+        raise ConfigError(
+            f"data_options.min_margin is for pairs; the rows of this method are {kind}. Leave it "
+            "out."
+        )
+    scores = _score_table(rows, kind, options)
+    waiting: deque[_Pending] = deque()
+    with ThreadPoolExecutor(THREADS, thread_name_prefix="alignkit-decode") as pool:
+        try:
+            for index in range(len(rows)) if indices is None else indices:
+                waiting.append(_begin(rows, index, kind, options, scores, make, pool))
+                if len(waiting) > AHEAD:
+                    yield from _end(waiting.popleft(), kind, options, scores, sieve)
+            while waiting:
+                yield from _end(waiting.popleft(), kind, options, scores, sieve)
+        finally:
+            for pending in waiting:
+                if pending.opened is not None:
+                    pending.opened.cancel()
+
+
+def _begin(
+    rows: Rows,
+    index: int,
+    kind: str,
+    options: ImageOptions,
+    scores: ScoreTable | None,
+    make: Prepare,
+    pool: ThreadPoolExecutor,
+) -> _Pending:
+    """Read a row, and start to decode its images. What is wrong with it is kept for its turn."""
+    prompt = ""
+    try:
+        row = rows[index]
+        prompt = prompt_of(row)
+        if not in_part(prompt, options.held_out_share, options.part):
+            return _Pending(index, prompt, LeftOut(HELD_OUT), None)
+        found = read_layout(row, kind) if scores is None else _by_scores(scores, row, index)
+    except (BadRow, LeftOut, DataError) as error:
+        return _Pending(index, prompt, error, None)
+    if found.label.tie and options.ties != "half":
+        return _Pending(index, prompt, found, None)
+    opened = pool.submit(_open, rows, row, index, found, make)
+    return _Pending(index, prompt, found, opened)
 
 
 def _score_table(rows: Rows, kind: str, options: ImageOptions) -> ScoreTable | None:
@@ -139,79 +157,67 @@ def _score_table(rows: Rows, kind: str, options: ImageOptions) -> ScoreTable | N
     return ScoreTable(options.labels, len(rows))
 
 
-def _read(
-    rows: Rows, index: int, kind: str, options: ImageOptions, sieve: Sieve, table: ScoreTable | None
-) -> tuple[ImageRow, list[Image]] | None:
-    """A row and its images, or None if the options leave it out."""
-    row = rows[index]
-    prompt = prompt_of(row)
-    if table is None:
-        sources, label = _READERS[kind](row)
-    else:
-        sources = sources_of(row)
-        order, label = table.relabel(index, pair_label(row))
-        sources = [sources[place] for place in order]
-    if label.tie and options.ties != "half":
-        sieve.leave_out(index, TIE, option="ties", how=options.ties, fix="drop")
-        return None
-    opened = [open_picture(rows, row, index, *source) for source in sources]
-    pictures = tuple(picture for picture, _ in opened)
-    if table is not None:
-        table.check(index, [picture.digest for picture in pictures])
-    same = len(pictures) > 1 and len({picture.digest for picture in pictures}) == 1
-    if same and options.identical_pairs != "keep":
-        how = options.identical_pairs
-        sieve.leave_out(index, SAME[kind], option="identical_pairs", how=how, fix="skip")
-        return None
-    return ImageRow(index, prompt, pictures, label), [image for _, image in opened]
+def _by_scores(scores: ScoreTable, row: Row, index: int) -> Reading:
+    sources = sources_of(row)
+    order, label = scores.relabel(index, pair_label(row))
+    return Reading([sources[place] for place in order], label)
 
 
-def _pair(row: Row) -> tuple[Sequence[Source], Label]:
-    label = pair_label(row)
-    chosen, rejected, tie = _sides(row)
-    if tie:
-        # The log-odds of an even preference are 0: both orders count one half.
-        label = replace(label, rank=(0, 0), numbers={**label.numbers, "p_chosen": 0.5})
-    return [(chosen, None), (rejected, None)], label
+def _open(
+    rows: Rows, row: Row, index: int, found: Reading, make: Prepare
+) -> list[tuple[Picture, Image, Any]]:
+    """The images of a row. What is made of them may depend on all their sizes."""
+    opened = [open_picture(rows, row, index, *source) for source in found.sources]
+    of_each = make([picture for picture, _ in opened])
+    return [(picture, image, of_each(picture, image)) for picture, image in opened]
 
 
-def _group(row: Row) -> tuple[Sequence[Source], Label]:
-    images = row.get("images")
-    if isinstance(images, (str, bytes)) or not isinstance(images, Sequence):
-        raise BadRow("no image", f"images is a list; got {type(images).__name__}")
-    places, label = group_label(row, len(images))
-    return [("images", place) for place in places], label
+def _end(
+    pending: _Pending,
+    kind: str,
+    options: ImageOptions,
+    scores: ScoreTable | None,
+    sieve: Sieve,
+) -> Iterator[tuple[ImageRow, list[Any]]]:
+    """The row, or nothing where the options leave it out."""
+    index, prompt, found, opened = pending
+    with sieve.guard(index):
+        if isinstance(found, LeftOut):
+            if not (options.part == "held_out" and str(found) == HELD_OUT):
+                sieve.skipped[str(found)] += 1
+            return
+        if isinstance(found, Exception):
+            raise found
+        if opened is None:
+            sieve.leave_out(index, TIE, option="ties", how=options.ties, fix="drop")
+            return
+        if options.min_margin is not None and margin_of(found.label) < options.min_margin:
+            sieve.skipped[SMALL_MARGIN] += 1
+            return
+        images = opened.result()
+        pictures = tuple(picture for picture, _, _ in images)
+        if scores is not None:
+            scores.check(index, [picture.digest for picture in pictures])
+        same = len(pictures) > 1 and len({picture.digest for picture in pictures}) == 1
+        if (same or found.same) and options.identical_pairs != "keep":
+            how = options.identical_pairs
+            sieve.leave_out(index, SAME[kind], option="identical_pairs", how=how, fix="skip")
+            return
+        yield ImageRow(index, prompt, pictures, found.label), [made for _, _, made in images]
 
 
-def _single(row: Row) -> tuple[Sequence[Source], Label]:
-    return [("image", None)], single_label(row)
+def margin_of(label: Label) -> float:
+    """How much better the chosen image is said to be.
 
-
-_READERS: Mapping[str, Callable[[Row], tuple[Sequence[Source], Label]]] = {
-    "pairs": _pair,
-    "groups": _group,
-    "unpaired": _single,
-}
-
-
-def _sides(row: Row) -> tuple[str, str, bool]:
-    """The columns of the chosen and the rejected image, and whether that is a tie."""
-    if "chosen" in row or "rejected" in row or not {"jpg_0", "jpg_1"} & set(row):
-        return "chosen", "rejected", False
-    label = _side_label(row, "label_0")
-    other = _side_label(row, "label_1")
-    if label is None and other is None:
-        raise BadRow("no label", "Pick-a-Pic rows have label_0 or label_1; got neither")
-    if label is None:
-        label = 1.0 - (other or 0.0)
-    if other is not None and label + other != 1:
-        raise BadRow("bad label", f"label_0 and label_1 add up to 1; got {label} and {other}")
-    winner, loser = ("jpg_0", "jpg_1") if label >= 0.5 else ("jpg_1", "jpg_0")
-    return winner, loser, label == 0.5
-
-
-def _side_label(row: Row, name: str) -> float | None:
-    value = number(row, name)
-    if value not in (None, 0.0, 0.5, 1.0):
-        raise BadRow("bad label", f"{name} is 0, 0.5 or 1; got {row[name]!r}")
-    return value
+    Raises:
+        BadRow: the row does not say.
+    """
+    if len(label.score) == 2:
+        return label.score[0] - label.score[1]
+    if "target_margin" in label.numbers:
+        return label.numbers["target_margin"]
+    raise BadRow(
+        "no margin",
+        "data_options.min_margin compares score_chosen with score_rejected, or else reads the "
+        "column margin; this row has neither",
+    )

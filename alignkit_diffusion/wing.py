@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ from alignkit_diffusion import lora
 from alignkit_diffusion.autoencoder import Autoencoder
 from alignkit_diffusion.data import ImageExamples, distinct_prompts, prepare_examples
 from alignkit_diffusion.generation import sample_images
+from alignkit_diffusion.geometry import checked
 from alignkit_diffusion.kernels import Folding
 from alignkit_diffusion.likelihood import likelihood_of
 from alignkit_diffusion.policy import Policy, factor_of, load_policy, native_size
@@ -286,14 +286,6 @@ class ImageWing:
 
     def _checked(self, options: ImageOptions | None) -> ImageOptions:
         options = self.default_options if options is None else options
-        native, asked = self.default_options.resolution, options.resolution
-        if asked is None:
-            return replace(options, resolution=native)
-        if asked % self._unit:
-            nearest = max(self._unit, round(asked / self._unit) * self._unit)
-            raise ConfigError(
-                f"data_options.resolution must be a multiple of {self._unit} pixels for this "
-                f"pipeline (VAE times UNet levels); got {asked}. Take {nearest}; this UNet was "
-                f"trained for {native}."
-            )
-        return options
+        native = self.default_options.resolution
+        assert native is not None
+        return checked(options, native, self._unit)

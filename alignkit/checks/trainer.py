@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from alignkit.errors import ConfigError, refuse_unknown
 from alignkit.options import TrainerOptions
+from alignkit.splits import SPLIT
 
 if TYPE_CHECKING:
     from alignkit.config import RunConfig
@@ -24,6 +25,7 @@ def check_evaluation(config: RunConfig) -> None:
     sets = config.eval_data
     if isinstance(sets, Mapping) and not sets:
         raise ConfigError("eval_data must name at least one set; got {}. Leave it out.")
+    _check_split(config, list(sets.values()) if isinstance(sets, Mapping) else [sets])
     starts = [f"eval/{name}/" for name in sets] if isinstance(sets, Mapping) else ["eval/"]
     stop = config.trainer.early_stop
     followed = {
@@ -37,6 +39,18 @@ def check_evaluation(config: RunConfig) -> None:
                 f"{' or '.join(map(repr, starts))}; got {metric!r}. Write "
                 f"{starts[0] + metric.rpartition('eval/')[2]!r}."
             )
+
+
+def _check_split(config: RunConfig, sets: list[object]) -> None:
+    """The held-out part of `data` needs a share of its prompts."""
+    given = config.data_options
+    read = given.get if isinstance(given, Mapping) else lambda name: getattr(given, name, None)
+    if any(isinstance(data, str) and data == SPLIT for data in sets) and not read("held_out_share"):
+        raise ConfigError(
+            f"eval_data={SPLIT!r} evaluates the part of data that data_options.held_out_share "
+            "keeps away from training, and no share is given. Write "
+            "data_options=ImageOptions(held_out_share=0.02), or give other rows."
+        )
 
 
 def check_hardware(trainer: TrainerOptions, modality: str | None) -> None:

@@ -146,7 +146,7 @@ def test_a_users_image_is_not_changed() -> None:
 def test_short_side_then_centre_crop(
     height: int, width: int, resized: tuple[int, int], corner: tuple[int, int]
 ) -> None:
-    placement = Placement.of(height, width, 32, Augmentation())
+    placement = Placement.of(height, width, (32, 32), Augmentation())
     assert placement.resized == resized
     assert placement.corner == corner
     assert placement.time_ids() == (height, width, *corner, 32, 32)
@@ -163,7 +163,7 @@ def test_short_side_then_centre_crop(
 @pytest.mark.parametrize("width", [31, 32, 64, 100])
 def test_every_size_gives_the_square(height: int, width: int) -> None:
     for share in (0.0, 0.5, 0.999):
-        placement = Placement.of(height, width, 32, Augmentation(share, share))
+        placement = Placement.of(height, width, (32, 32), Augmentation(share, share))
         assert min(placement.resized) == 32
         top, left = placement.corner
         assert 0 <= top <= placement.resized[0] - 32 and 0 <= left <= placement.resized[1] - 32
@@ -171,10 +171,10 @@ def test_every_size_gives_the_square(height: int, width: int) -> None:
 
 def test_flip_mirrors_before_the_crop() -> None:
     image = picture(5, 48, 32)
-    plain = Placement.of(32, 48, 32, Augmentation(0.5, 0.0))
-    flipped = Placement.of(32, 48, 32, Augmentation(0.5, 0.0, flip=True))
+    plain = Placement.of(32, 48, (32, 32), Augmentation(0.5, 0.0))
+    flipped = Placement.of(32, 48, (32, 32), Augmentation(0.5, 0.0, flip=True))
     # The crop is at the left of the mirrored image, which is the right of the original.
-    right = Placement.of(32, 48, 32, Augmentation(0.5, 1.0))
+    right = Placement.of(32, 48, (32, 32), Augmentation(0.5, 1.0))
     assert flipped.time_ids() == plain.time_ids()
     found = flipped.pixels(image)
     assert np.allclose(found.flip(2).numpy(), right.pixels(image).numpy(), atol=1e-6)
