@@ -49,7 +49,8 @@ def read(rows, **options):
     options = ImageOptions(identical_pairs="keep", **options)
     opened = open_rows(rows, options, "pairs")
     sieve = Sieve(opened, options.on_bad_row)
-    return list(read_examples(opened, "pairs", options, sieve, lambda *_: None)), sieve
+    found = read_examples(opened, "pairs", options, sieve, lambda _: lambda *_: None)
+    return [row for row, _ in found], sieve
 
 
 def test_scores_stand_beside_the_rows_in_their_columns_order(rows, tmp_path):
