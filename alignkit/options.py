@@ -122,9 +122,11 @@ class TextOptions:
         truncation: what is cut from longer rows: "keep_start" cuts the answers' ends, "keep_end"
             the prompt's start; counted and warned of. "error" makes them bad rows, as is in any
             mode a prompt that leaves no room for an answer.
-        packing: how rows share a micro-batch: "bucket" sorts a batch by length, so that little
-            padding is computed; "none" keeps its order; "auto" is "bucket" where micro_batch is
-            "auto".
+        packing: how answers share a forward. "prefix" is one row without padding, each prompt once
+            for all of its answers; "varlen" is one row with a prompt to each answer; "bucket" pads,
+            and sorts a batch by length so that little is padded; "none" pads in the data's order.
+            All give the same numbers. "auto" is "prefix" where the model passes a trial at start,
+            else padded, sorted where micro_batch is "auto".
         on_bad_row: what happens to rows that cannot be used: "error", or "skip" (counted).
         identical_pairs: pairs whose two answers are the same teach nothing; skipped and counted.
         columns: our column name -> the data's.

@@ -524,8 +524,6 @@ NOT_SCALE_FREE = replace(SIGMOID, name="fixed", scale_free=False)
         ),
         ({"reference": EMAReference(0.9, every=1.5)}, None, r"reference\.every must be a whole"),
         ({"data_options": TextOptions()}, "image", "must be ImageOptions; got TextOptions"),
-        ({"data_options": TextOptions(packing="varlen")}, None, "'varlen' is not available"),
-        ({"data_options": {"packing": "prefix"}}, None, r"available: 'auto', 'bucket', 'none'"),
         ({"data_options": {"flop": True}}, None, r"data_options\.flop is not an option"),
         ({"data_options": {"flip": 3}}, "image", r"data_options\.flip must be true or false"),
         (

@@ -25,7 +25,6 @@ from alignkit.schema import build, hints, refuse_unknown_keys, validate
 if TYPE_CHECKING:
     from alignkit.config import RunConfig
 
-_PACKINGS = ("auto", "bucket", "none")
 _OPTIONS_OF: Mapping[str, type[TextOptions] | type[ImageOptions]] = {
     "text": TextOptions,
     "image": ImageOptions,
@@ -130,14 +129,6 @@ def _check_data_options(config: RunConfig, modality: str | None) -> None:
     if isinstance(options, Mapping):
         known = {**hints(TextOptions), **hints(ImageOptions)}
         refuse_unknown_keys("data_options", options, known)
-        packing = options.get("packing", "auto")
-    else:
-        packing = getattr(options, "packing", "auto")
-    if packing in ("prefix", "varlen"):
-        raise ConfigError(
-            f"data_options.packing={packing!r} is not available; "
-            f"available: {', '.join(map(repr, _PACKINGS))}."
-        )
     if modality is not None:
         resolve_data_options(config, modality)
 

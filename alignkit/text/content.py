@@ -1,14 +1,11 @@
-"""The text wing's data of one batch: token ids, ragged, and their layout as padded rows."""
+"""The text wing's data of one batch: token ids, ragged."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
-import torch
-from jaxtyping import Bool, Int
-from torch import Tensor
 
 Ids = np.ndarray
 """A 1-D int32 array of token ids."""
@@ -24,16 +21,20 @@ class TextContent:
         owner: for each answer the index of its prompt.
         scored: N bool arrays as long as the completions, True on the tokens that count to the
             likelihood; None where all do. The others are context, such as a user's later turns.
+        layout: how the model is to compute it, a name of `packing.LAYOUTS`. It travels with the
+            data, so that policy and reference compute alike.
     """
 
     prompts: tuple[Ids, ...]
     completions: tuple[Ids, ...]
     owner: tuple[int, ...]
     scored: tuple[np.ndarray, ...] | None = None
+    layout: str = "padded"
 
     def select(self, groups: Sequence[int], answers: Sequence[int]) -> TextContent:
         place = {group: new for new, group in enumerate(groups)}
-        return TextContent(
+        return replace(
+            self,
             prompts=tuple(self.prompts[g] for g in groups),
             completions=tuple(self.completions[a] for a in answers),
             owner=tuple(place[self.owner[a]] for a in answers),
@@ -42,7 +43,8 @@ class TextContent:
 
     def recombine(self, groups: Sequence[int], answers: Sequence[int]) -> TextContent:
         """Groups of one: the prompt of `groups[i]` with the answer `answers[i]`, whosever it is."""
-        return TextContent(
+        return replace(
+            self,
             prompts=tuple(self.prompts[g] for g in groups),
             completions=tuple(self.completions[a] for a in answers),
             owner=tuple(range(len(answers))),
@@ -59,55 +61,8 @@ class TextContent:
             for owner, completion in zip(self.owner, self.completions, strict=True)
         ]
 
-
-@dataclass(frozen=True)
-class Rows:
-    """A padded layout of N answers, each after its prompt.
-
-    Attributes:
-        ids: (N, S) token ids; padding is 0 and masked by position, so any id may be the pad.
-        attention: (N, S) bool, True on real tokens.
-        start: the first position of any completion.
-        completion: (N, S - start) bool, True on the completion tokens that are scored.
-    """
-
-    ids: Int[Tensor, "N S"]
-    attention: Bool[Tensor, "N S"]
-    start: int
-    completion: Bool[Tensor, "N K"]
-
-    def to(self, device: torch.device) -> Rows:
-        return Rows(
-            self.ids.to(device, non_blocking=True),
-            self.attention.to(device, non_blocking=True),
-            self.start,
-            self.completion.to(device, non_blocking=True),
-        )
-
-
-def pad_rows(content: TextContent) -> Rows:
-    """Right-padded rows of prompt + completion.
-
-    Masks come from lengths, never from a pad id: pad may equal eos or any other token.
-    """
-    lengths = content.lengths()
-    width = max(lengths)
-    ids = np.zeros((len(lengths), width), dtype=np.int64)
-    begins = np.array([len(content.prompts[owner]) for owner in content.owner])
-    for row, (owner, completion) in enumerate(zip(content.owner, content.completions, strict=True)):
-        prompt = content.prompts[owner]
-        ids[row, : len(prompt)] = prompt
-        ids[row, len(prompt) : lengths[row]] = completion
-    places = np.arange(width)
-    ends = np.array(lengths)
-    start = int(begins.min())
-    attention = places < ends[:, None]
-    completion_mask = attention & (places >= begins[:, None])
-    for row, scored in enumerate(content.scored or ()):
-        completion_mask[row, begins[row] : lengths[row]] = scored
-    return Rows(
-        torch.from_numpy(ids),
-        torch.from_numpy(attention),
-        start,
-        torch.from_numpy(completion_mask[:, start:].copy()),
-    )
+    def counted(self, answer: int) -> np.ndarray:
+        """The places, within a completion, of its tokens that count."""
+        if self.scored is None:
+            return np.arange(len(self.completions[answer]))
+        return np.flatnonzero(self.scored[answer])

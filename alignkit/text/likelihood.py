@@ -19,10 +19,11 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from alignkit.batches import Batch, Likelihood
-from alignkit.losses.modifiers import token_alignment
-from alignkit.protocols import Draw, Key
-from alignkit.text.content import pad_rows
+from alignkit.protocols import Draw
+from alignkit.text.attention import configs_of, packed
 from alignkit.text.handed import base_of, evaluating
+from alignkit.text.head import Head
+from alignkit.text.packing import Placed, lay_out
 
 Answer = TypeVar("Answer")
 EXTRAS = frozenset({"token_logps", "token_mask", "public", "alignment"})
@@ -41,8 +42,10 @@ class TextLikelihood(nn.Module):
         self.model = model
         self.autocast = autocast
         forward = inspect.signature(base_of(model).forward)
-        self.takes_logits_to_keep = "logits_to_keep" in forward.parameters
+        self.takes_positions = "position_ids" in forward.parameters
         self.train(False)
+        self.head = Head(model)
+        self.configs = configs_of(model)
 
     def shard_units(self) -> list[nn.Module]:
         """The blocks that FSDP2 shards one by one: the repeated layers of the model."""
@@ -59,12 +62,13 @@ class TextLikelihood(nn.Module):
     def forward(
         self, batch: Batch, draw: Draw = None, want: frozenset[str] = frozenset()
     ) -> Likelihood:
-        """Likelihood of the N answers.
+        """Likelihood of the N answers, computed in the layout that their content names.
 
-        Extras: "token_logps" (N, K) float32 and "token_mask" (N, K); "public" (N,), the
-        log-likelihood of the first k tokens of each answer, k the shortest length in its group, so
-        that `total` less it is the rest's (LD-DPO); "alignment" (N,), detached, the mean over an
-        answer's tokens of ln p(token) - ln sum_v p(v)^2 (WPO).
+        Extras: "token_logps" (N, K) float32, 0 where "token_mask" (N, K) is False, by place in
+        the completion; "public" (N,), the log-likelihood of the first k scored tokens of each
+        answer, k the shortest length in its group, so that `total` less it is the rest's (LD-DPO);
+        "alignment" (N,), detached, the mean over an answer's tokens of ln p(token) -
+        ln sum_v p(v)^2 (WPO).
         """
         unknown = want - EXTRAS
         if unknown:
@@ -77,44 +81,39 @@ class TextLikelihood(nn.Module):
 
     def _likelihood(self, batch: Batch, want: frozenset[str]) -> Likelihood:
         device = next(self.model.parameters()).device
-        rows = pad_rows(batch.content).to(device)
-        # Position s predicts token s + 1, so the last position and those before start - 1 are not
-        # needed: the head runs on K of the S positions.
-        keep = rows.ids.shape[1] - rows.start + 1
-        with self._autocast(device):
-            logits = self._logits(rows.ids, rows.attention, keep)[:, :-1]  # (N, K, V)
-        token_logps = gather_logps(logits, rows.ids[:, rows.start :])  # (N, K)
-        token_logps = token_logps.masked_fill(~rows.completion, 0.0)
+        rows = lay_out(batch.content).to(device)
+        with self._autocast(device), self._attention(rows):
+            logps, alignment = self.head(
+                self._inputs(rows), rows.predicts, rows.targets, align="alignment" in want
+            )
+        token_logps, mask = rows.table(logps), rows.mask()  # (N, K)
         made = {
             "token_logps": lambda: token_logps,
-            "token_mask": lambda: rows.completion,
-            "public": lambda: public_logps(token_logps, rows.completion, batch),
-            "alignment": lambda: mean_alignment(token_logps, rows.completion, logits),
+            "token_mask": lambda: mask,
+            "public": lambda: public_logps(token_logps, mask, batch),
+            "alignment": lambda: rows.table(alignment).sum(-1) / rows.lengths,
         }
         return Likelihood(
             total=token_logps.sum(-1),
-            length=rows.completion.sum(-1).float(),
+            length=rows.lengths.float(),
             extras={name: made[name]() for name in want},
         )
 
-    def _logits(self, ids: Tensor, attention: Tensor, keep: int) -> Tensor:
-        kept: dict[str, Any] = {"logits_to_keep": keep} if self.takes_logits_to_keep else {}
-        logits = self.model(
-            input_ids=ids, attention_mask=attention.long(), use_cache=False, **kept
-        ).logits
-        return logits[:, -keep:]
+    def _inputs(self, rows: Placed) -> dict[str, Any]:
+        """What the model takes of a layout; a packed row is masked by its attention alone."""
+        inputs = {"input_ids": rows.ids, "attention_mask": rows.attention().long()}
+        if rows.host.groups:
+            inputs["position_ids"] = rows.positions
+        return inputs
+
+    def _attention(self, rows: Placed) -> AbstractContextManager[None]:
+        groups = rows.host.groups
+        return packed(self.configs, groups) if groups else nullcontext()
 
     def _autocast(self, device: torch.device) -> AbstractContextManager[Any]:
         if self.autocast is None:
             return nullcontext()
         return torch.autocast(device.type, dtype=self.autocast)
-
-
-def gather_logps(logits: Float[Tensor, "N K V"], ids: Tensor) -> Float[Tensor, "N K"]:
-    """log softmax(logits)[id] in float32, without a second (N, K, V) tensor."""
-    logits = logits.float()
-    picked = logits.gather(-1, ids.unsqueeze(-1)).squeeze(-1)
-    return picked - logits.logsumexp(-1)
 
 
 def public_logps(
@@ -124,20 +123,8 @@ def public_logps(
     lengths, group = mask.sum(-1), batch.group.to(mask.device)
     shortest = lengths.new_zeros(batch.num_groups)
     shortest = shortest.scatter_reduce(0, group, lengths, "amin", include_self=False)
-    place = mask.cumsum(-1)  # 1 for the first completion token
+    place = mask.cumsum(-1)  # 1 for the first scored token
     return torch.where(mask & (place <= shortest[group][:, None]), token_logps, 0.0).sum(-1)
-
-
-@torch.no_grad()
-def mean_alignment(
-    token_logps: Float[Tensor, "N K"], mask: Bool[Tensor, "N K"], logits: Float[Tensor, "N K V"]
-) -> Float[Tensor, " N"]:
-    """Mean over an answer's tokens of ln p(token) - ln sum_v p(v)^2, detached.
-
-    Row by row: what is made on the way is as large as one answer's logits.
-    """
-    alignment = torch.stack(list(map(token_alignment, token_logps, logits)))  # (N, K)
-    return torch.where(mask, alignment, 0.0).sum(-1) / mask.sum(-1)
 
 
 def repeated_layers(model: nn.Module) -> list[nn.Module]:
@@ -147,66 +134,3 @@ def repeated_layers(model: nn.Module) -> list[nn.Module]:
     """
     lists = [m for m in model.modules() if isinstance(m, nn.ModuleList)]
     return list(max(lists, key=lambda m: sum(p.numel() for p in m.parameters()), default=[]))
-
-
-class TextBackend:
-    """Evaluates answers under the policy. Text needs no draw: its likelihood is deterministic.
-
-    Attributes:
-        module: the policy's likelihood module, wrapped or not.
-        packing: "bucket" puts groups of like length together, so that little padding is computed;
-            "none" keeps their order; "auto" buckets where micro-batches are "auto", too.
-    """
-
-    def __init__(self, module: nn.Module) -> None:
-        self.module: nn.Module = module
-        self.packing = "auto"
-
-    def draw(self, batch: Batch, key: Key) -> Draw:
-        return None
-
-    def split(self, batch: Batch, budget: int | str) -> list[Batch]:
-        """Micro-batches of at most `budget` groups; "auto": of at most `AUTO_TOKENS` tokens."""
-        auto = budget == "auto"
-        if not auto and int(budget) >= batch.num_groups:
-            return [batch]
-        longest, answers = _sizes(batch)
-        order = list(range(batch.num_groups))
-        if self.packing == "bucket" or (self.packing == "auto" and auto):
-            order.sort(key=lambda group: (longest[group], group))
-        if not auto:
-            size = int(budget)
-            pieces = [order[start : start + size] for start in range(0, len(order), size)]
-        else:
-            pieces = _within(order, longest, answers, AUTO_TOKENS)
-        return [batch.select(piece) for piece in pieces]
-
-
-AUTO_TOKENS = 8192
-"""Padded tokens per micro-batch for "auto": 1 GB of float32 logits at a vocabulary of 32,000."""
-
-
-def _sizes(batch: Batch) -> tuple[list[int], list[int]]:
-    """Of each group: tokens of its longest answer with the prompt, and number of answers."""
-    longest = [0] * batch.num_groups
-    answers = [0] * batch.num_groups
-    for group, length in zip(batch.group.tolist(), batch.content.lengths(), strict=True):
-        longest[group] = max(longest[group], length)
-        answers[group] += 1
-    return longest, answers
-
-
-def _within(
-    order: list[int], longest: list[int], answers: list[int], budget: int
-) -> list[list[int]]:
-    """Groups in their order, cut where the padded size would pass the budget."""
-    pieces: list[list[int]] = [[]]
-    rows, width = 0, 0
-    for group in order:
-        wider = max(width, longest[group])
-        if pieces[-1] and (rows + answers[group]) * wider > budget:
-            pieces.append([])
-            rows, wider = 0, longest[group]
-        pieces[-1].append(group)
-        rows, width = rows + answers[group], wider
-    return pieces

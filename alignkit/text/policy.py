@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from torch import nn
 from alignkit.adapters import adapter_layers, lora_config, quiet_peft, refuse_contradiction
 from alignkit.errors import ConfigError, nearest
 from alignkit.options import LoRA
+from alignkit.text.attention import as_computed, configs_of
 from alignkit.text.handed import base_of
 from alignkit.text.likelihood import repeated_layers
 from alignkit.text.loading import adapter_folder
@@ -167,7 +169,10 @@ def checkpoint_layers(model: Any) -> None:
     # transformers 5.23 renamed it.
     renamed = getattr(base, "activation_checkpointing_enable", None)
     hooked = bool(getattr(base, "_require_grads_hooks", None))
-    (renamed or base.gradient_checkpointing_enable)({"use_reentrant": False})
+    configs = configs_of(model)
+    (renamed or base.gradient_checkpointing_enable)(
+        {"use_reentrant": False, "context_fn": partial(as_computed, configs)}
+    )
     if not hooked:  # only reentrant checkpointing needs inputs with a gradient
         base.disable_input_require_grads()
         vars(base).pop("_require_grads_hooks", None)

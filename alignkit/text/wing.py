@@ -22,7 +22,8 @@ from alignkit.text.data import TextExamples, read_examples
 from alignkit.text.formats import left_open, prompt_of, prompt_text, render_prompt
 from alignkit.text.generation import generate
 from alignkit.text.handed import State, base_of, evaluating, max_positions, uncompiled
-from alignkit.text.likelihood import TextBackend, TextLikelihood
+from alignkit.text.backend import TextBackend
+from alignkit.text.likelihood import TextLikelihood
 from alignkit.text.loading import load, refuse_other_models
 from alignkit.text.policy import attach, checkpoint_layers, checkpointing_obstacle, detach
 
@@ -72,6 +73,8 @@ def build(
     model.to(device)
     align_memory(model)
     module = TextLikelihood(model, autocast=None if dtype == torch.float32 else dtype)
+    if beside is not None and isinstance(beside.backend, TextBackend):
+        beside.backend.beside.append(module)  # computes the same rows, and must be able to
     wing = TextWing(
         model, tokenizer, module, adapter=kind, before=before, dtypes=dtypes, added=adapter
     )
@@ -140,7 +143,7 @@ class TextWing:
         examples = read_examples(rows, self.tokenizer, options, kind)
         self._check_fit(examples)
         self.chat = examples.chat
-        self.backend.packing = options.packing
+        self.backend.choose(options.packing)
         return examples
 
     def _check_fit(self, examples: TextExamples) -> None:

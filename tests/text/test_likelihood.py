@@ -13,7 +13,8 @@ from torch import nn
 
 from alignkit.batches import Batch
 from alignkit.options import TextOptions
-from alignkit.text.likelihood import TextBackend, repeated_layers
+from alignkit.text.backend import TextBackend
+from alignkit.text.likelihood import repeated_layers
 from tests.builders import text_wing, token_rows
 
 ROWS = [
@@ -96,7 +97,9 @@ def test_masks_do_not_ask_for_the_pad_id(options, chat) -> None:
 
 
 @pytest.mark.parametrize("architecture", ["qwen2", "gpt2"])
-def test_positions_that_predict_no_completion_token_get_no_gradient(architecture) -> None:
+def test_logits_are_made_where_a_completion_token_is_predicted_and_nowhere_else(
+    architecture,
+) -> None:
     wing, seen = text_wing(architecture), []
 
     def keep(module: Any, inputs: Any, logits: torch.Tensor) -> None:
@@ -106,18 +109,11 @@ def test_positions_that_predict_no_completion_token_get_no_gradient(architecture
     wing.policy.get_output_embeddings().register_forward_hook(keep)
     wing.backend.module(make_batch()).total.sum().backward()
     (logits,) = seen
-    width = max(len(p) + len(c) for p, c in answers())
-    first = width - logits.shape[1]  # the head runs on the last positions only
-    for row, (prompt, completion) in enumerate(answers()):
-        for place in range(first, width):
-            gradient = logits.grad[row, place - first]
-            predicts = len(prompt) - 1 <= place < len(prompt) + len(completion) - 1
-            assert bool((gradient != 0).any()) == predicts, (row, place)
-            if predicts:  # onehot - softmax
-                onehot = torch.zeros_like(gradient)
-                onehot[completion[place - len(prompt) + 1]] = 1
-                expected = onehot - logits[row, place - first].detach().softmax(-1)
-                torch.testing.assert_close(gradient, expected, rtol=1e-4, atol=1e-6)
+    tokens = torch.tensor([token for _, completion in answers() for token in completion])
+    assert logits.shape == (1, len(tokens), wing.policy.config.vocab_size)
+    # d / d logits = onehot - softmax
+    expected = nn.functional.one_hot(tokens, logits.shape[-1]) - logits[0].detach().softmax(-1)
+    torch.testing.assert_close(logits.grad[0], expected, rtol=1e-4, atol=1e-6)
 
 
 def test_padding_trains_no_embedding() -> None:
@@ -131,16 +127,6 @@ def test_dropout_is_off_whatever_the_config_and_mode_say() -> None:
     wing = text_wing("gpt2", dropout=0.5)
     first, second = (wing.backend.module(make_batch()).total for _ in range(2))
     assert torch.equal(first, second) and not wing.policy.training
-
-
-def test_no_logit_is_computed_before_the_first_completion() -> None:
-    wing, shapes = text_wing("llama"), []
-    wing.policy.get_output_embeddings().register_forward_hook(
-        lambda module, inputs, logits: shapes.append(tuple(logits.shape))
-    )
-    row = {"prompt_ids": [5] * 50, "chosen_ids": [6] * 3, "rejected_ids": [7] * 2}
-    wing.backend.module(make_batch([row]))
-    assert shapes == [(2, 4, wing.policy.config.vocab_size)]
 
 
 def test_blocks_are_the_layers_and_not_the_experts_inside_them() -> None:
@@ -161,7 +147,7 @@ def test_an_unknown_extra_is_refused() -> None:
 
 
 def test_auto_micro_batches_hold_every_group_once_within_the_budget(monkeypatch) -> None:
-    monkeypatch.setattr("alignkit.text.likelihood.AUTO_TOKENS", 60)
+    monkeypatch.setattr("alignkit.text.backend.AUTO_TOKENS", 60)
     batch = make_batch(token_rows(12))
     pieces = TextBackend(text_wing().backend.module).split(batch, "auto")
     assert sorted(row for piece in pieces for row in piece.row_id.tolist()) == list(range(12))

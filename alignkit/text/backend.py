@@ -1,0 +1,136 @@
+"""Evaluates answers under the policy: micro-batches, and the layout in which they are computed."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import replace
+
+from torch import nn
+
+from alignkit.batches import Batch
+from alignkit.errors import ConfigError
+from alignkit.protocols import Draw, Key
+from alignkit.text.likelihood import TextLikelihood
+from alignkit.text.packing import PACKED, positions_of
+from alignkit.text.packing_check import obstacle
+
+log = logging.getLogger(__name__)
+
+AUTO_TOKENS = 8192
+"""Positions per micro-batch for "auto"."""
+
+
+class TextBackend:
+    """Evaluates answers under the policy. Text needs no draw: its likelihood is deterministic.
+
+    Attributes:
+        module: the policy's likelihood module, wrapped or not.
+        layout: how batches are computed: "padded", or a packed layout.
+        by_length: whether padded micro-batches are made of groups of like length: always, never
+            (False), or where their size is "auto", too (None).
+        beside: likelihood modules that compute the same batches, such as a reference's.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module: nn.Module = module
+        self.layout = "padded"
+        self.by_length: bool | None = None
+        self.beside: list[nn.Module] = []
+        self._obstacles: dict[str, str | None] = {}
+
+    def draw(self, batch: Batch, key: Key) -> Draw:
+        return None
+
+    def choose(self, packing: str) -> None:
+        """Take up `TextOptions.packing`: "auto" is "prefix" where the models allow it.
+
+        Call it before the module is wrapped.
+
+        Raises:
+            ConfigError: if a packed layout is asked for by name and the models do not allow it.
+        """
+        self.layout, self.by_length = "padded", {"bucket": True, "none": False}.get(packing)
+        if packing in ("bucket", "none"):
+            return
+        wanted = "prefix" if packing == "auto" else packing
+        reason = self._obstacle(wanted)
+        if reason is None:
+            self.layout = wanted
+        elif packing == "auto":
+            log.warning("Answers are padded and not packed: %s", reason)
+        else:
+            raise ConfigError(
+                f"data_options.packing={packing!r} computes many answers in one row, and this "
+                f"model cannot: {reason} Write packing='bucket'."
+            )
+
+    def _obstacle(self, layout: str) -> str | None:
+        """Why the models cannot compute a layout, or None; found by trying, once."""
+        if layout not in self._obstacles:
+            modules = [m for m in (self.module, *self.beside) if isinstance(m, TextLikelihood)]
+            found = (obstacle(module, layout) for module in modules)
+            self._obstacles[layout] = next((reason for reason in found if reason), None)
+        return self._obstacles[layout]
+
+    def split(self, batch: Batch, budget: int | str) -> list[Batch]:
+        """Micro-batches of at most `budget` groups; "auto": of at most `AUTO_TOKENS` positions."""
+        batch = replace(batch, content=replace(batch.content, layout=self.layout))
+        auto = budget == "auto"
+        if not auto and int(budget) >= batch.num_groups:
+            return [batch]
+        order = list(range(batch.num_groups))
+        if not auto:
+            order = self._sorted(order, batch) if self.by_length else order
+            size = int(budget)
+            pieces = [order[start : start + size] for start in range(0, len(order), size)]
+        elif self.layout in PACKED:
+            pieces = _filled(positions_of(batch.content, self.layout), AUTO_TOKENS)
+        else:
+            order = order if self.by_length is False else self._sorted(order, batch)
+            pieces = _within(order, *_sizes(batch), AUTO_TOKENS)
+        return [batch.select(piece) for piece in pieces]
+
+    @staticmethod
+    def _sorted(order: list[int], batch: Batch) -> list[int]:
+        longest, _ = _sizes(batch)
+        return sorted(order, key=lambda group: (longest[group], group))
+
+
+def _sizes(batch: Batch) -> tuple[list[int], list[int]]:
+    """Of each group: tokens of its longest answer with the prompt, and number of answers."""
+    longest = [0] * batch.num_groups
+    answers = [0] * batch.num_groups
+    for group, length in zip(batch.group.tolist(), batch.content.lengths(), strict=True):
+        longest[group] = max(longest[group], length)
+        answers[group] += 1
+    return longest, answers
+
+
+def _filled(sizes: Sequence[int], budget: int) -> list[list[int]]:
+    """Groups in their order, cut where their sum would pass the budget."""
+    pieces: list[list[int]] = [[]]
+    taken = 0
+    for group, size in enumerate(sizes):
+        if pieces[-1] and taken + size > budget:
+            pieces.append([])
+            taken = 0
+        pieces[-1].append(group)
+        taken += size
+    return pieces
+
+
+def _within(
+    order: list[int], longest: list[int], answers: list[int], budget: int
+) -> list[list[int]]:
+    """Groups in their order, cut where the padded size would pass the budget."""
+    pieces: list[list[int]] = [[]]
+    rows, width = 0, 0
+    for group in order:
+        wider = max(width, longest[group])
+        if pieces[-1] and (rows + answers[group]) * wider > budget:
+            pieces.append([])
+            rows, wider = 0, longest[group]
+        pieces[-1].append(group)
+        rows, width = rows + answers[group], wider
+    return pieces
