@@ -43,7 +43,7 @@ class TokenLogps(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, targets: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(ctx: Any, logits: Tensor, targets: Tensor) -> Tensor:
         lse = torch.empty(len(logits), dtype=torch.float32, device=logits.device)
         for rows in _blocks(logits):
             torch.logsumexp(logits[rows].float(), -1, out=lse[rows])
@@ -52,7 +52,7 @@ class TokenLogps(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         logits, targets, lse = ctx.saved_tensors
         found = torch.empty_like(logits)
         for rows in _blocks(logits):

@@ -91,7 +91,7 @@ class TextLikelihood(nn.Module):
             "token_logps": lambda: token_logps,
             "token_mask": lambda: mask,
             "public": lambda: public_logps(token_logps, mask, batch),
-            "alignment": lambda: rows.table(alignment).sum(-1) / rows.lengths,
+            "alignment": lambda: mean_alignment(rows, alignment),
         }
         return Likelihood(
             total=token_logps.sum(-1),
@@ -125,6 +125,12 @@ def public_logps(
     shortest = shortest.scatter_reduce(0, group, lengths, "amin", include_self=False)
     place = mask.cumsum(-1)  # 1 for the first scored token
     return torch.where(mask & (place <= shortest[group][:, None]), token_logps, 0.0).sum(-1)
+
+
+def mean_alignment(rows: Placed, alignment: Float[Tensor, " M"] | None) -> Float[Tensor, " N"]:
+    """Of each answer, the mean over its scored tokens."""
+    assert alignment is not None, "it was asked for"
+    return rows.table(alignment).sum(-1) / rows.lengths.clamp(min=1)
 
 
 def repeated_layers(model: nn.Module) -> list[nn.Module]:

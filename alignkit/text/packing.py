@@ -67,8 +67,8 @@ class Layout:
 
     def to(self, device: torch.device) -> Placed:
         """On the device, by one transfer that the host does not wait for."""
-        parts = (self.ids, self.positions, self.predicts, self.targets, self._cells())
-        parts = (*parts, np.array(self.lengths), np.array(self.ends))
+        parts = [self.ids, self.positions, self.predicts, self.targets, self._cells()]
+        parts += [np.array(self.lengths), np.array(self.ends)]
         held = torch.from_numpy(np.concatenate([part.ravel() for part in parts]).astype(np.int64))
         if device.type == "cuda":
             held = held.pin_memory()

@@ -11,7 +11,7 @@ from dataclasses import replace
 import numpy as np
 import torch
 
-from alignkit.batches import Batch
+from alignkit.batches import Batch, Likelihood
 from alignkit.text.attention import NotPackable
 from alignkit.text.content import TextContent
 from alignkit.text.handed import base_of, max_positions, uncompiled
@@ -60,7 +60,8 @@ def _logps(module: TextLikelihood, batch: Batch, layout: str) -> torch.Tensor:
     kept, module.autocast = module.autocast, None
     try:
         with uncompiled(module.model):
-            return module(laid, want=frozenset({"token_logps"})).extras["token_logps"]
+            found: Likelihood = module(laid, want=frozenset({"token_logps"}))
+        return found.extras["token_logps"]
     finally:
         module.autocast = kept
 
@@ -83,11 +84,10 @@ def _sample(module: TextLikelihood) -> Batch:
         completions += [ids(length) for length in answers]
         owner += [group] * len(answers)
     content = TextContent(tuple(prompts), tuple(completions), tuple(owner))
-    answers = len(owner)
     return Batch(
         content=content,
         group=torch.tensor(owner),
-        rank=torch.full((answers,), -1),
+        rank=torch.full((len(owner),), -1),
         position=torch.arange(2),
         row_id=torch.arange(2),
     )

@@ -18,11 +18,11 @@ from alignkit.memory import align_memory
 from alignkit.options import GenerationOptions, LoRA, TextOptions
 from alignkit.protocols import Wing
 from alignkit.rows import read_rows
+from alignkit.text.backend import TextBackend
 from alignkit.text.data import TextExamples, read_examples
 from alignkit.text.formats import left_open, prompt_of, prompt_text, render_prompt
 from alignkit.text.generation import generate
 from alignkit.text.handed import State, base_of, evaluating, max_positions, uncompiled
-from alignkit.text.backend import TextBackend
 from alignkit.text.likelihood import TextLikelihood
 from alignkit.text.loading import load, refuse_other_models
 from alignkit.text.policy import attach, checkpoint_layers, checkpointing_obstacle, detach
