@@ -33,6 +33,7 @@ from alignkit.options import (
 from alignkit.reference_options import (
     AdapterReference,
     EMAReference,
+    NoiseBank,
     PrecomputedReference,
     SyncedReference,
 )
@@ -60,6 +61,7 @@ __all__ = [
     "GenerationOptions",
     "ImageOptions",
     "LoRA",
+    "NoiseBank",
     "NonFiniteError",
     "PrecomputedReference",
     "Run",

@@ -17,7 +17,8 @@ from alignkit.options import LoRA
 from alignkit.parts import build_objective, build_wing, modality_of
 from alignkit.places import is_missing
 from alignkit.protocols import Wing
-from alignkit.references import is_model
+from alignkit.reference_bank import BankedReference
+from alignkit.references import model_of
 from alignkit.result import FinishedRun
 from alignkit.rows import refuse_missing
 from alignkit.run import NUM_SAMPLES, Run, giving_back, tell
@@ -61,12 +62,13 @@ def check_places(config: RunConfig, modality: str) -> None:
     start = None if config.adapter is None else config.adapter.continue_from
     if start is not None and is_missing(start):
         raise ConfigError(f"adapter.continue_from must exist; there is no folder {start!r}.")
-    if is_model(config.reference):
-        found = modality_of(config.reference, "reference")
+    model = model_of(config.reference)
+    if model is not None:
+        found = modality_of(model, "reference")
         if found != modality:
             raise ConfigError(
                 f"The reference must be of the policy's modality, {modality!r}; "
-                f"{config.reference!r} is of modality {found!r}."
+                f"{model!r} is of modality {found!r}."
             )
 
 
@@ -120,6 +122,8 @@ def _assemble_around(
         runtime.accelerator.init_trackers("alignkit", config={"run": str(to_mapping(config))})
     if start is not None:
         run.resume(Path(start))
+    if isinstance(objective.reference, BankedReference):
+        objective.reference.fill(source.examples)
     if runtime.is_main:
         tell(_banner(config, resolved))
     return run

@@ -86,12 +86,50 @@ class PrecomputedReference:
             )
 
 
-ReferenceOption = AdapterReference | EMAReference | SyncedReference | PrecomputedReference
+@dataclass(frozen=True)
+class NoiseBank:
+    """A reference evaluated once, before training, on a fixed bank of draws. Images only.
+
+    Every row has `draws` pairs of timestep and noise, of which a step takes one; a step then runs
+    the policy alone. Filling the bank costs `draws` reference forwards of every row, so it pays
+    from that many epochs on; and it shows a row at no more than `draws` timesteps, where each step
+    without a bank makes new ones. What that costs in quality nobody has published.
+
+    Attributes:
+        draws: per row.
+        of: the reference, as without a bank: "auto", "frozen", "adapter_off", an
+            `AdapterReference`, or another model.
+    """
+
+    kind: ClassVar[str] = "noise_bank"
+    draws: int = 4
+    of: Any = "auto"
+
+    def __post_init__(self) -> None:
+        positive("reference", draws=self.draws)
+        others = (EMAReference, SyncedReference, PrecomputedReference, NoiseBank)
+        if isinstance(self.of, others) or self.of in (None, "none"):
+            raise ConfigError(
+                "reference.of is what a noise bank is filled from, a reference that stands still; "
+                f"got {self.of!r}. Write NoiseBank(draws={self.draws}), or give {self.of!r} as the "
+                "reference itself."
+            )
+
+
+ReferenceOption = (
+    AdapterReference | EMAReference | SyncedReference | PrecomputedReference | NoiseBank
+)
 
 REFERENCE_KINDS: Mapping[str, type[ReferenceOption]] = MappingProxyType(
     {
         cls.kind: cls
-        for cls in (AdapterReference, EMAReference, SyncedReference, PrecomputedReference)
+        for cls in (
+            AdapterReference,
+            EMAReference,
+            SyncedReference,
+            PrecomputedReference,
+            NoiseBank,
+        )
     }
 )
 """`kind` in YAML -> option class of a reference."""

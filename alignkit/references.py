@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -17,9 +18,12 @@ from alignkit.reference import (
     SwitchedAdapter,
     TableReference,
 )
+from alignkit.reference_bank import BankedReference
 from alignkit.reference_options import (
+    REFERENCE_KINDS,
     AdapterReference,
     EMAReference,
+    NoiseBank,
     PrecomputedReference,
     SyncedReference,
 )
@@ -39,6 +43,8 @@ def build_reference(
     wanted = config.reference
     if needs_reference is False or (needs_reference is None and wanted == "none"):
         return "none", NoReference()
+    if isinstance(wanted, NoiseBank):
+        return _banked(wanted, config, wing, other_model)
     if type(wanted) in _MAKERS:
         return _MAKERS[type(wanted)](wanted, wing)
     if is_model(wanted):
@@ -49,7 +55,13 @@ def build_reference(
 def is_model(reference: Any) -> bool:
     """Whether a reference is another model, and not one of the policy's own states."""
     named = isinstance(reference, str) and reference in _NAMED
-    return not named and type(reference) not in _MAKERS
+    return not named and type(reference) not in REFERENCE_KINDS.values()
+
+
+def model_of(reference: Any) -> Any:
+    """The other model that a reference is, or is filled from; None if there is none."""
+    inner = reference.of if isinstance(reference, NoiseBank) else reference
+    return inner if is_model(inner) else None
 
 
 _NAMED = ("auto", "frozen", "adapter_off", "none")
@@ -96,6 +108,22 @@ def _synced(option: SyncedReference, wing: Wing) -> tuple[str, Reference]:
 def _precomputed(option: PrecomputedReference, wing: Wing) -> tuple[str, Reference]:
     table = option.table if isinstance(option.table, Mapping) else _read_table(option.table)
     return f"precomputed ({len(table)} rows)", TableReference(table)
+
+
+def _banked(
+    option: NoiseBank, config: RunConfig, wing: Wing, other_model: OtherModel
+) -> tuple[str, Reference]:
+    kind, inner = build_reference(replace(config, reference=option.of), wing, True, other_model)
+    wing.backend.bank = option.draws  # type: ignore[attr-defined]
+    reference = BankedReference(
+        inner,
+        wing.backend,
+        draws=option.draws,
+        seed=config.seed,
+        budget=config.trainer.micro_batch,
+        keep=config.eval_data is not None,
+    )
+    return f"{kind}, on a bank of {option.draws} draws per row", reference
 
 
 _MAKERS: Mapping[type, Callable[[Any, Wing], tuple[str, Reference]]] = {

@@ -84,10 +84,12 @@ class ImageDraw:
     Attributes:
         timesteps: (G,) int64, on the CPU.
         noise: G tensors (C, H, W), float32, on the CPU.
+        numbers: which of its row's draws each one is, where they come from a bank.
     """
 
     timesteps: Tensor
     noise: tuple[Tensor, ...]
+    numbers: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
         assert len(self.timesteps) == len(self.noise), (len(self.timesteps), len(self.noise))

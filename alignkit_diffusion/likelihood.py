@@ -18,8 +18,9 @@ of the first unit. SDXL: sum w_t = 6.53; at 1024 px D = 65536, and beta 5000 of 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -184,12 +185,16 @@ class ImageBackend:
         module: the policy's likelihood module; the runtime may replace it by its wrapper.
         family: says which timesteps there are.
         memory: how many images "auto" puts into one forward.
+
+    Attributes:
+        bank: how many draws of timestep and noise each row has; None makes new ones every step.
     """
 
     def __init__(self, module: nn.Module, family: Family, memory: MemoryModel) -> None:
         self.module = module
         self.family = family
         self.memory = memory
+        self.bank: int | None = None
         self._limits: dict[int, int] = {}
 
     def draw(self, batch: Batch, key: Key) -> ImageDraw:
@@ -197,17 +202,36 @@ class ImageBackend:
         group.
 
         They are a function of (seed, optimizer step, position in the global batch), so that no
-        split over micro-batches or processes changes them.
+        split over micro-batches or processes changes them. With a bank, a training step takes one
+        of the row's draws instead.
         """
+        seed, step = key
+        positions = batch.position.tolist()
+        if self.bank is None or step == 0:
+            return self._drawn(batch, [(*key, position) for position in positions])
+        numbers = [int(generator("bank", *key, p).integers(self.bank)) for p in positions]
+        return self.banked_draw(batch, numbers, seed)
+
+    def banked_draw(self, batch: Batch, numbers: Sequence[int], seed: int) -> ImageDraw:
+        """The draws of the given numbers, one per group: functions of (seed, row, number)."""
+        rows = batch.row_id.tolist()
+        places = [(seed, *place) for place in zip(rows, numbers, strict=True)]
+        return replace(self._drawn(batch, places, "banked "), numbers=tuple(numbers))
+
+    def _drawn(
+        self, batch: Batch, places: Sequence[tuple[int, ...]], stream: str = ""
+    ) -> ImageDraw:
+        """Timestep and noise of each group, keyed by its place."""
         content: ImageContent = batch.content
         firsts = torch.searchsorted(batch.group, torch.arange(batch.num_groups)).tolist()
         drawn = self.family.timesteps or range(self.family.num_timesteps)
         timesteps, noise = [], []
-        for position, first in zip(batch.position.tolist(), firsts, strict=True):
-            place = int(generator("timestep", *key, position).integers(len(drawn)))
-            timesteps.append(drawn[place])
+        for place, first in zip(places, firsts, strict=True):
+            timesteps.append(
+                drawn[int(generator(f"{stream}timestep", *place).integers(len(drawn)))]
+            )
             shape = tuple(content.latents[first].shape)
-            values = generator("noise", *key, position).standard_normal(shape, dtype="float32")
+            values = generator(f"{stream}noise", *place).standard_normal(shape, dtype="float32")
             noise.append(torch.from_numpy(values))
         return ImageDraw(torch.tensor(timesteps, dtype=torch.int64), tuple(noise))
 

@@ -13,7 +13,7 @@ from alignkit.losses.divergences import check_divergence
 from alignkit.losses.modifiers import check_weighting
 from alignkit.methods import DPO, Method, modifiers
 from alignkit.objectives.criterion import Criterion, OwnLoss
-from alignkit.reference_options import PrecomputedReference
+from alignkit.reference_options import NoiseBank, PrecomputedReference
 from alignkit.schema import require
 
 if TYPE_CHECKING:
@@ -151,7 +151,7 @@ def _check_reference(config: RunConfig, loss: Loss | OwnLoss) -> None:
             f"Loss {loss.name!r} uses no reference; got reference={config.reference!r}. "
             "Leave reference out."
         )
-    if isinstance(config.reference, PrecomputedReference):
+    if isinstance(config.reference, (PrecomputedReference, NoiseBank)):
         _check_precomputed(config.method, loss)
 
 

@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import difflib
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from alignkit.errors import ConfigError, refuse_unknown
-from alignkit.reference_options import REFERENCE_KINDS, AdapterReference, PrecomputedReference
+from alignkit.reference_options import (
+    REFERENCE_KINDS,
+    AdapterReference,
+    NoiseBank,
+    PrecomputedReference,
+)
 from alignkit.schema import validate
 
 if TYPE_CHECKING:
@@ -27,6 +33,9 @@ def check_reference(config: RunConfig, modality: str | None) -> None:
         )
     if type(reference) in REFERENCE_KINDS.values():
         validate(reference, "reference")
+    if isinstance(reference, NoiseBank):
+        _check_bank(config, modality)
+        return check_reference(replace(config, reference=reference.of), modality)
     if isinstance(reference, str) and "/" not in reference and not Path(reference).exists():
         meant = difflib.get_close_matches(reference, REFERENCES, n=1, cutoff=0.7)
         if meant and reference not in REFERENCES:
@@ -67,6 +76,23 @@ def _check_named(reference: AdapterReference, config: RunConfig) -> None:
             "`adapter`."
         )
     refuse_unknown("adapter of the policy", reference.name, known)
+
+
+def _check_bank(config: RunConfig, modality: str | None) -> None:
+    if modality == "text":
+        raise ConfigError(
+            "reference=NoiseBank(...) holds draws of timestep and noise, and text has none. Write "
+            "reference=PrecomputedReference(table)."
+        )
+    options = config.data_options
+    changing = {"crop": "center", "flip": False, "caption_dropout": 0.0}
+    for name, fixed in changing.items():
+        if getattr(options, name, fixed) != fixed:
+            raise ConfigError(
+                "A noise bank knows each row as it is, and augmentation makes another one of it "
+                f"in every epoch; got data_options.{name}={getattr(options, name)!r}. Leave it "
+                "out, or write reference='auto'."
+            )
 
 
 def _check_table(reference: PrecomputedReference, config: RunConfig, modality: str | None) -> None:
