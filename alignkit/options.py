@@ -54,6 +54,12 @@ class TrainerOptions:
             keeps float32 master values.
         gradient_checkpointing: "auto" is off on CPUs; on GPUs it is on for text, and for images
             where one pair would not fit without.
+        ema: decay of a moving average of what is trained, in [0, 1), such as 0.9999: it is
+            evaluated, sampled from and kept in place of the last weights, of which it is one more
+            float32 copy.
+            Early on it forgets faster: min(ema, (1 + step) / (10 + step)).
+        channels_last: convolutions with channels innermost in memory, as fast GPU kernels want
+            them. "auto" does so for images on GPUs. Images only.
         save_every: steps between checkpoints; None saves none but the finished model.
         keep_best: name of an evaluation metric, such as "eval/rewards/accuracies"; the best
             checkpoint is kept beside the newest ones.
@@ -74,6 +80,8 @@ class TrainerOptions:
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     gradient_checkpointing: bool | Literal["auto"] = "auto"
     compile: bool = False
+    channels_last: bool | Literal["auto"] = "auto"
+    ema: float | None = None
     sharding: Literal["none", "fsdp2"] = "none"
     log_every: int = 10
     eval_every: int | None = None
@@ -97,6 +105,10 @@ class TrainerOptions:
         finite("trainer", epochs=self.epochs, learning_rate=self.learning_rate)
         if self.micro_batch != "auto":
             positive("trainer", micro_batch=self.micro_batch)
+        if self.ema is not None:
+            share("trainer", ema=self.ema)
+            if self.ema == 1:
+                raise ConfigError("trainer.ema must be below 1, where the average never moves.")
         not_negative("trainer", warmup=self.warmup, weight_decay=self.weight_decay)
         if isinstance(self.warmup, float) and self.warmup > 1:
             raise ConfigError(

@@ -130,6 +130,7 @@ def _neither(policy: str) -> str:
 def build_wing(config: RunConfig, modality: str, runtime: Runtime) -> Wing:
     """The policy, loaded and marked for training."""
     options = {name: getattr(config.method, name) for name in IMAGE_OPTIONS}
+    options["channels_last"] = config.trainer.channels_last
     wing: Wing = import_module(MODALITIES[modality]).build(
         config.policy,
         adapter=config.adapter,
@@ -137,7 +138,7 @@ def build_wing(config: RunConfig, modality: str, runtime: Runtime) -> Wing:
         precision=pick_precision(config.trainer.precision),
         gradient_checkpointing=config.trainer.gradient_checkpointing,
         seed=config.seed,
-        # Text has no timesteps; there the options were refused.
+        # Text has no timesteps and no convolutions; there the options were refused.
         **(options if modality == "image" else {}),
     )
     return wing

@@ -6,7 +6,7 @@ import sys
 import time
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from typing import Any
 from tqdm.auto import tqdm
 
 from alignkit import checkpoint
+from alignkit.average import Average
 from alignkit.batches import StepRecord
 from alignkit.best import BestSoFar
 from alignkit.config import RunConfig
@@ -61,6 +62,14 @@ class Run:
         self.metrics: dict[str, float] = {}
         self.seconds = 0.0
         self.best = BestSoFar(config.trainer.keep_best, config.trainer.early_stop)
+        self.average: Average | None = None
+        if config.trainer.ema is not None:
+            self.average = Average(
+                trainer.parameters,
+                config.trainer.ema,
+                modules=trainer.modules.values(),
+                runtime=trainer.runtime,
+            )
         self._result: AlignResult | None = None
         self._sampled = -1
         # A run that is dropped before its loop gives back what it borrowed, too.
@@ -84,6 +93,8 @@ class Run:
         self.seconds = state["seconds"]
         self.metrics = dict(state["metrics"])
         self.best.load_state_dict(state["best"])
+        if self.average is not None:
+            self.average.load_state_dict(state["average"])
         if self.writes:
             assert self.folder is not None
             self.folder.reopen()
@@ -125,6 +136,8 @@ class Run:
 
     def _steps(self) -> Iterator[StepRecord]:
         options, started = self.config.trainer, time.perf_counter() - self.seconds
+        if self.average is not None:
+            self.average.show(False)
         if self.best.should_stop:  # resumed where it had stopped
             return
         if self.trainer.step == 0:
@@ -138,6 +151,8 @@ class Run:
         )
         with bar:
             for bare in self.trainer.steps():
+                if self.average is not None:
+                    self.average.update(bare.step)
                 record = self._evaluate(bare) if _due(options.eval_every, bare.step) else bare
                 self.seconds = time.perf_counter() - started
                 self._record(record)
@@ -172,11 +187,16 @@ class Run:
 
     def _held_out(self) -> dict[str, float]:
         found: dict[str, float] = {}
-        for name, source in self.eval_sources.items():
-            prefix = f"eval/{name}/" if name else "eval/"
-            values = self.trainer.evaluate(source.once())
-            found.update({prefix + metric: value for metric, value in values.items()})
+        with self._averaged():
+            for name, source in self.eval_sources.items():
+                prefix = f"eval/{name}/" if name else "eval/"
+                values = self.trainer.evaluate(source.once())
+                found.update({prefix + metric: value for metric, value in values.items()})
         return found
+
+    def _averaged(self) -> AbstractContextManager[None]:
+        """Inside, the policy is the one that is evaluated, sampled from and kept."""
+        return nullcontext() if self.average is None else self.average.on()
 
     def save(self) -> None:
         """Write a checkpoint of this moment; all processes must call it."""
@@ -188,6 +208,7 @@ class Run:
             "seconds": self.seconds,
             "metrics": self.metrics,
             "best": self.best.state_dict(),
+            "average": None if self.average is None else self.average.state_dict(),
         }
         if self.writes:
             root = self.folder.checkpoints
@@ -202,7 +223,10 @@ class Run:
         if self.folder is None or not self.prompts or self._sampled == step:
             return
         if self.writes or self.runtime.sharding != "none":
-            answers = self.wing.sample(self.prompts, self.config.generation, seed=self.config.seed)
+            with self._averaged():
+                answers = self.wing.sample(
+                    self.prompts, self.config.generation, seed=self.config.seed
+                )
         if self.writes:
             texts = [self.wing.prompt_text(prompt) for prompt in self.prompts]
             self.folder.write_samples(step, texts, answers)
@@ -220,6 +244,8 @@ class Run:
         if self.eval_sources and not any(k.startswith("eval/") for k in self.metrics):
             self.metrics.update(self._held_out())
         self._sample(self.trainer.step)
+        if self.average is not None:
+            self.average.show(True)  # and so it stays in the hands of the caller
         report = write_outcome(self)
         if self.config.trainer.trackers:
             self.runtime.accelerator.end_training()

@@ -125,6 +125,9 @@ class Runtime:
         value = value.to(device=target.device, dtype=target.dtype)
         if isinstance(target, DTensor):
             return distribute_tensor(value, target.device_mesh, target.placements)
+        if value.shape == target.shape and value.stride() != target.stride():
+            # Fused optimizers read a parameter and its moments in the order of memory.
+            return torch.empty_like(target).copy_(value)
         return value
 
     def barrier(self) -> None:

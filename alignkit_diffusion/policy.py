@@ -29,6 +29,7 @@ class Policy:
         family: how its UNet is conditioned and what it predicts.
         name: the folder or hub name, or None for a pipeline in memory.
         borrowed: how the UNet of a pipeline in memory came; None for one that was loaded here.
+        channels_last: whether the UNet's convolutions have channels innermost while it trains.
     """
 
     pipe: Any
@@ -36,6 +37,7 @@ class Policy:
     family: Family
     name: str | None
     borrowed: Borrowed | None
+    channels_last: bool = False
 
     def give_back(self) -> None:
         """Leave a pipeline in memory as it came, and one that was loaded here ready to be called.
@@ -43,6 +45,8 @@ class Policy:
         Training needs the UNet alone on the device; a call needs all parts there.
         """
         if self.borrowed is not None:
+            if self.channels_last:
+                nn.Module.to(self.pipe.unet, memory_format=torch.contiguous_format)
             self.borrowed.give_back()
         else:
             self._move_rest(next(self.pipe.unet.parameters()).device)
@@ -51,6 +55,8 @@ class Policy:
         """Undo `give_back`."""
         if self.borrowed is not None:
             self.borrowed.take_again()
+            if self.channels_last:
+                nn.Module.to(self.pipe.unet, memory_format=torch.channels_last)
         else:
             self._move_rest(torch.device("cpu"))
 
@@ -60,7 +66,14 @@ class Policy:
                 nn.Module.to(part, device)
 
 
-def load_policy(policy: Any, *, precision: str, whole: bool, device: torch.device) -> Policy:
+def load_policy(
+    policy: Any,
+    *,
+    precision: str,
+    whole: bool,
+    device: torch.device,
+    channels_last: bool | str = "auto",
+) -> Policy:
     """Load or adopt a pipeline and put its UNet on `device`.
 
     Args:
@@ -69,6 +82,7 @@ def load_policy(policy: Any, *, precision: str, whole: bool, device: torch.devic
             keep their dtype, unless they are trained or computed with in float32.
         whole: the UNet itself is trained, and so has float32 master values.
         device: of the UNet.
+        channels_last: "auto" is on GPUs.
 
     Raises:
         ConfigError: there is no such pipeline, it cannot be loaded from safetensors files, or no
@@ -90,8 +104,11 @@ def load_policy(policy: Any, *, precision: str, whole: bool, device: torch.devic
         if dtype == torch.float32:
             nn.Module.to(pipe.unet, dtype)  # diffusers' own `to` warns of every cast
     nn.Module.to(pipe.unet, device)
+    channels_last = device.type == "cuda" if channels_last == "auto" else bool(channels_last)
+    if channels_last:
+        nn.Module.to(pipe.unet, memory_format=torch.channels_last)
     align_memory(pipe.unet)
-    return Policy(pipe, vae, family, name, borrowed)
+    return Policy(pipe, vae, family, name, borrowed, channels_last)
 
 
 def _load(name: str, dtype: torch.dtype) -> tuple[Any, Any]:
@@ -126,6 +143,17 @@ def _load(name: str, dtype: torch.dtype) -> tuple[Any, Any]:
         if isinstance(part, nn.Module):
             part.requires_grad_(False)
     return pipe, vae
+
+
+def refuse_incomparable(reference: Policy, pipe: Any, family: Family) -> None:
+    """Raise `ConfigError` unless a reference can be compared with the policy `pipe`."""
+    found = family.differences(pipe.unet, reference.family, reference.pipe.unet)
+    if found:
+        raise ConfigError(
+            "Policy and reference denoise the same noised latents under the same prompts, so they "
+            f"must agree in what they take and predict; they have {', '.join(found)}. Give a "
+            "reference of the policy's own lineage."
+        )
 
 
 def _variant(folder: Path) -> str | None:

@@ -22,7 +22,13 @@ from alignkit_diffusion.generation import sample_images
 from alignkit_diffusion.geometry import checked
 from alignkit_diffusion.kernels import Folding
 from alignkit_diffusion.likelihood import likelihood_of
-from alignkit_diffusion.policy import Policy, factor_of, load_policy, native_size
+from alignkit_diffusion.policy import (
+    Policy,
+    factor_of,
+    load_policy,
+    native_size,
+    refuse_incomparable,
+)
 
 NATS = "nats: the ELBO, estimated at one shared timestep and noise"
 UNIT = "half the mean squared denoising error per latent element, at a shared timestep and noise"
@@ -38,6 +44,7 @@ def build(
     seed: int,
     timestep_weighting: str = "uniform",
     timesteps: str | Sequence[int] | None = None,
+    channels_last: bool | str = "auto",
     beside: Wing | None = None,
 ) -> ImageWing:
     """Load a Stable Diffusion pipeline and make its UNet, or an adapter on it, trainable.
@@ -56,6 +63,7 @@ def build(
             `Likelihood.total` to the ELBO in nats (see `likelihood`).
         timesteps: those that training draws from, the method's option of the same name: "turbo", or
             a list; None is all.
+        channels_last: the trainer's option of the same name; "auto" is on GPUs.
         beside: the policy's wing, if this pipeline is its reference, whose weighting and
             timesteps it takes.
 
@@ -70,10 +78,15 @@ def build(
         carried = lora.adapter_name(getattr(policy, "unet", None))
         state = "none" if carried is None else "continued"
     whole = state == "none" if beside is None else beside.adapter == "none"
-    loaded = load_policy(policy, precision=precision, whole=whole, device=device)
+    if beside is not None:
+        assert isinstance(beside, ImageWing)
+        channels_last, timesteps = beside.channels_last, beside.timesteps
+        timestep_weighting = beside.timestep_weighting
+    loaded = load_policy(
+        policy, precision=precision, whole=whole, device=device, channels_last=channels_last
+    )
     unet = loaded.pipe.unet
     try:
-        timesteps = timesteps if beside is None else getattr(beside, "timesteps", timesteps)
         if timesteps is not None:
             loaded = replace(loaded, family=loaded.family.restricted(timesteps))
         if adapter is not None:
@@ -82,9 +95,8 @@ def build(
         loaded.give_back()
         raise
     if beside is not None:
-        _refuse_incomparable(loaded, beside)
+        refuse_incomparable(loaded, beside.policy, beside.family)
         unet.requires_grad_(False)
-        timestep_weighting = getattr(beside, "timestep_weighting", timestep_weighting)
     elif whole:
         unet.requires_grad_(True)
     else:
@@ -99,18 +111,6 @@ def build(
         timesteps=timesteps,
         added=adapter is not None,
     )
-
-
-def _refuse_incomparable(reference: Policy, policy: Wing) -> None:
-    assert isinstance(policy, ImageWing)
-    unet = policy.policy.unet
-    found = policy._family.differences(unet, reference.family, reference.pipe.unet)
-    if found:
-        raise ConfigError(
-            "Policy and reference denoise the same noised latents under the same prompts, so they "
-            f"must agree in what they take and predict; they have {', '.join(found)}. Give a "
-            "reference of the policy's own lineage."
-        )
 
 
 class ImageWing:
@@ -147,7 +147,8 @@ class ImageWing:
         self.precision = precision
         self.timestep_weighting = timestep_weighting
         self.timesteps = timesteps
-        self._family = loaded.family
+        self.channels_last = loaded.channels_last
+        self.family = loaded.family
         self._autoencoder = Autoencoder(loaded.vae, device)
         factor = self._autoencoder.factor
         self._unit = factor_of(loaded.pipe, factor)
@@ -200,7 +201,7 @@ class ImageWing:
             options,
             kind=kind,
             pipe=self.policy,
-            family=self._family,
+            family=self.family,
             autoencoder=self._autoencoder,
             device=self.device,
             seed=seed,
@@ -214,7 +215,7 @@ class ImageWing:
         """One PIL image per prompt, keyed by (seed, its place); see `generation.sample_images`."""
         return sample_images(
             self.policy,
-            self._family,
+            self.family,
             self._autoencoder,
             prompts,
             options,
@@ -258,7 +259,7 @@ class ImageWing:
             "resolution": self._resolution,
             "log_ratio_unit": NATS if self.timestep_weighting == "nats" else UNIT,
             "timestep_weighting": self.timestep_weighting,
-            **self._family.describe(),
+            **self.family.describe(),
         }
 
     def save(
@@ -282,7 +283,7 @@ class ImageWing:
         if name is None:
             self.policy.save_pretrained(folder, safe_serialization=True)
         else:
-            loader = self._family.pipeline_class
+            loader = self.family.pipeline_class
             lora.save_adapter(self.policy.unet, folder, name, base, loader=loader)
 
     def _checked(self, options: ImageOptions | None) -> ImageOptions:

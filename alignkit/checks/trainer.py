@@ -76,6 +76,11 @@ def check_hardware(trainer: TrainerOptions, modality: str | None) -> None:
                 "trainer.precision='fp16' needs a GPU, and this machine has none. "
                 "Write precision='fp32' or 'bf16'."
             )
+    if trainer.channels_last is True and modality == "text":
+        raise ConfigError(
+            "trainer.channels_last=True lays out convolutions, of which text policies have none. "
+            "Leave channels_last out."
+        )
     if trainer.sharding == "fsdp2" and trainer.optimizer != "adamw":
         raise ConfigError(
             f"trainer.sharding='fsdp2' shards the state of optimizer='adamw' only; got "
