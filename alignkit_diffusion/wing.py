@@ -12,7 +12,6 @@ import torch
 
 from alignkit.adapters import active_adapters, adapter_on, adapters_off
 from alignkit.columns import check_kind
-from alignkit.errors import ConfigError
 from alignkit.options import GenerationOptions, ImageOptions, LoRA
 from alignkit.protocols import Wing
 from alignkit_diffusion import lora
