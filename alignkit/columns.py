@@ -8,10 +8,9 @@ import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Protocol
 
 from alignkit.errors import DataError, nearest, refuse_unknown
-from alignkit.rows import Rows
 
 log = logging.getLogger("alignkit")
 
@@ -43,6 +42,17 @@ class BadRow(Exception):
         self.reason = reason
 
 
+class Named(Protocol):
+    """Data as errors name it."""
+
+    @property
+    def name(self) -> str: ...
+
+    def where(self, index: int) -> str:
+        """A row, by its number."""
+        ...
+
+
 class Sieve:
     """Refuses rows or leaves them out, as the options say.
 
@@ -54,7 +64,7 @@ class Sieve:
         skipped: reason -> how many rows were left out.
     """
 
-    def __init__(self, rows: Rows, on_bad_row: str) -> None:
+    def __init__(self, rows: Named, on_bad_row: str) -> None:
         self.rows = rows
         self.on_bad_row = on_bad_row
         self.skipped: Counter[str] = Counter()

@@ -1,14 +1,15 @@
-"""The curves of a run as pictures that read well on a light and on a dark page."""
+"""The curves of a run and the spread of data, as pictures for a light and for a dark page."""
 
 from __future__ import annotations
 
 import io
 import re
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from alignkit.data_report import Histogram
 from alignkit.facts import Series, series, show
 
 _INK = "#7d838c"
@@ -55,11 +56,15 @@ def draw_plots(records: Sequence[Mapping[str, Any]]) -> tuple[list[Plot], list[s
     plots: list[Plot] = []
     for title, names in list(panels.items())[:_MOST]:
         chosen = {name: curves[name] for name in names}
-        slug = re.sub(r"[^a-z0-9]+", "-", title.lower()).strip("-") or "plot"
+        slug = _slug(title)
         taken = {plot.file for plot in plots}
         file = f"{slug}.png" if f"{slug}.png" not in taken else f"{slug}-{len(plots)}.png"
         plots.append(Plot(title, file, _draw(chosen), _words(title, chosen)))
     return plots, left_out
+
+
+def _slug(title: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "-", title.lower()).strip("-") or "plot"
 
 
 def _arrange(curves: Series) -> dict[str, list[str]]:
@@ -79,6 +84,57 @@ def _arrange(curves: Series) -> dict[str, list[str]]:
 
 
 def _draw(curves: Series) -> bytes:
+    def fill(axes: Any) -> None:
+        for index, (name, points) in enumerate(curves.items()):
+            _draw_curve(axes, name, points, _COLORS[index % len(_COLORS)])
+        if all(name.endswith("accuracies") for name in curves):
+            axes.set_ylim(-0.03, 1.03)
+            axes.axhline(0.5, color=_INK, linewidth=0.9, linestyle=(0, (4, 3)))
+        axes.margins(x=0.02)
+        axes.set_xlabel("optimizer step")
+        if len(curves) > 1:
+            axes.legend(frameon=False, fontsize=10)
+
+    return _png(fill)
+
+
+def draw_histogram(histogram: Histogram) -> Plot:
+    """How values are spread, as outlines over common bins, up to the 99.5th percentile."""
+    import numpy as np
+
+    series = {name: np.asarray(values) for name, values in histogram.series.items() if len(values)}
+    together = np.concatenate(list(series.values()))
+    edges = np.histogram_bin_edges(np.clip(together, None, np.percentile(together, 99.5)), 40)
+    shown = {name: mark for name, mark in histogram.marks.items() if mark <= edges[-1]}
+
+    def fill(axes: Any) -> None:
+        for index, (name, values) in enumerate(series.items()):
+            axes.stairs(
+                np.histogram(np.clip(values, None, edges[-1]), edges)[0],
+                edges,
+                color=_COLORS[index % len(_COLORS)],
+                linewidth=1.7,
+                label=name,
+            )
+        for name, mark in shown.items():
+            axes.axvline(mark, color=_INK, linewidth=0.9, linestyle=(0, (4, 3)), label=name)
+        axes.set_xlabel(histogram.unit)
+        axes.set_ylabel("rows")
+        axes.set_ylim(bottom=0)
+        if len(series) + len(shown) > 1:
+            axes.legend(frameon=False, fontsize=10)
+
+    words = "; ".join(
+        f"{name} has median {show(float(np.median(values)))}, and 90 % are up to "
+        f"{show(float(np.percentile(values, 90)))} {histogram.unit}"
+        for name, values in series.items()
+    )
+    title = histogram.title
+    return Plot(title, f"{_slug(title)}.png", _png(fill), f"{title}: {words}.")
+
+
+def _png(fill: Callable[[Any], None]) -> bytes:
+    """A picture of one panel, which `fill` draws."""
     import matplotlib as mpl
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -100,16 +156,8 @@ def _draw(curves: Series) -> bytes:
         FigureCanvasAgg(figure)
         axes = figure.add_subplot()
         axes.grid(color=_INK, alpha=0.2, linewidth=0.6)
-        for index, (name, points) in enumerate(curves.items()):
-            _draw_curve(axes, name, points, _COLORS[index % len(_COLORS)])
-        if all(name.endswith("accuracies") for name in curves):
-            axes.set_ylim(-0.03, 1.03)
-            axes.axhline(0.5, color=_INK, linewidth=0.9, linestyle=(0, (4, 3)))
-        axes.margins(x=0.02)
-        axes.set_xlabel("optimizer step")
         axes.locator_params(nbins=5)
-        if len(curves) > 1:
-            axes.legend(frameon=False, fontsize=10)
+        fill(axes)
         out = io.BytesIO()
         figure.savefig(out, format="png", transparent=True, metadata={"Software": None})
     return out.getvalue()

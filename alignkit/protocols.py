@@ -14,6 +14,7 @@ from typing import Any, Protocol
 from torch import Tensor, nn
 
 from alignkit.batches import Batch, Likelihood, Metrics
+from alignkit.examples import Examples
 from alignkit.options import GenerationOptions
 
 Draw = Any
@@ -164,30 +165,6 @@ class Collective(Protocol):
 
     def gather(self, value: Tensor) -> Tensor:
         """Concatenation along dim 0 over processes, in rank order; lengths may differ."""
-        ...
-
-
-class Examples(Protocol):
-    """A wing's prepared data: rows by number."""
-
-    skipped: Mapping[str, int]
-    """Reason -> how many rows were left out by policy."""
-    labels: Any
-    """`alignkit.labels.Labels` of the usable rows."""
-
-    def __len__(self) -> int: ...
-
-    def collate(self, indices: Sequence[int], epochs: Sequence[int]) -> Batch:
-        """The given rows as a batch; `epochs` (same length) keys their augmentation.
-
-        `position` is filled in by the source.
-        """
-        ...
-
-    def mismatched(self, indices: Sequence[int]) -> list[int]:
-        """For each of a global batch's rows the place of the next one, around the end, that has
-        another prompt and a weight above 0; its own where there is none.
-        """
         ...
 
 

@@ -6,7 +6,6 @@ Everything that came from data, models or options is escaped.
 
 from __future__ import annotations
 
-import base64
 import io
 import os
 from collections.abc import Mapping, Sequence
@@ -16,7 +15,6 @@ from typing import Any, Literal
 from urllib.parse import quote
 
 import yaml
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from alignkit.errors import CheckpointError, ConfigError
 from alignkit.facts import (
@@ -30,6 +28,7 @@ from alignkit.facts import (
     show,
 )
 from alignkit.model_card import model_card
+from alignkit.pages import inline, render
 from alignkit.plots import draw_plots
 from alignkit.run_folder import RunFolder, Samples, atomic_write
 
@@ -67,7 +66,7 @@ def write_report(folder: RunFolder, facts: ReportFacts) -> Path:
     for plot in plots:
         atomic_write(folder.plots_dir / plot.file, plot.png)
     samples, between, between_left_out = _samples(folder.read_samples())
-    html = _render(
+    html = render(
         "report.html.j2",
         title=facts.title,
         facts=facts,
@@ -79,7 +78,7 @@ def write_report(folder: RunFolder, facts: ReportFacts) -> Path:
         between=between,
         between_left_out=between_left_out,
         plots=[
-            {"title": p.title, "alt": p.alt, "source": _inline(p.png, "image/png")} for p in plots
+            {"title": p.title, "alt": p.alt, "source": inline(p.png, "image/png")} for p in plots
         ],
         plots_left_out=plots_left_out,
         config=yaml.safe_dump(config, sort_keys=False, allow_unicode=True) if config else "",
@@ -111,7 +110,7 @@ def write_index(path: str | Path, runs: Sequence[ReportFacts], *, title: str) ->
                 "samples": samples,
             }
         )
-    atomic_write(path, _render("index.html.j2", title=title, runs=parts))
+    atomic_write(path, render("index.html.j2", title=title, runs=parts))
     return path
 
 
@@ -147,18 +146,6 @@ def summary_table(facts: ReportFacts) -> str:
     lines = [facts.title, *(f"  {name:<{width}}  {value}" for name, value in rows)]
     lines += [f"  warning: {warning}" for warning in facts.warnings]
     return "\n".join([*lines, f"Report: {Path(facts.run_dir) / 'report.html'}"])
-
-
-def _render(template: str, **values: Any) -> str:
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent / "templates"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters["show"] = show
-    return environment.get_template(template).render(**values)
 
 
 def _unfinished(folder: RunFolder) -> ReportFacts:
@@ -279,16 +266,12 @@ def _picture(path: str | Path | None) -> dict[str, Any] | None:
     with Image.open(path) as picture:
         width, height = picture.size
         if max(width, height) <= _PICTURE_SIDE:
-            source = _inline(Path(path).read_bytes(), "image/png")
+            source = inline(Path(path).read_bytes(), "image/png")
         else:
             smaller = picture.convert("RGB")
             smaller.thumbnail((_PICTURE_SIDE, _PICTURE_SIDE), Image.Resampling.LANCZOS)
             out = io.BytesIO()
             smaller.save(out, "JPEG", quality=88)
             width, height = smaller.size
-            source = _inline(out.getvalue(), "image/jpeg")
+            source = inline(out.getvalue(), "image/jpeg")
     return {"source": source, "width": width, "height": height, "small": max(width, height) <= 96}
-
-
-def _inline(data: bytes, kind: str) -> str:
-    return f"data:{kind};base64,{base64.b64encode(data).decode('ascii')}"

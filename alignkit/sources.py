@@ -12,7 +12,8 @@ import torch
 from alignkit.batches import Batch
 from alignkit.draws import generator
 from alignkit.errors import CheckpointError, DataError
-from alignkit.protocols import Collective, Examples
+from alignkit.examples import Examples
+from alignkit.protocols import Collective
 
 
 class RowSource:

@@ -33,6 +33,7 @@ COMMANDS = {
     "cite": {"file_or_method"},
     "schema": set(),
     "cache": set(),
+    "doctor data": {"file", "--tokenizer", "--out", "--kind", "--modality", "--options"},
 }
 
 

@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from alignkit.batches import Batch
-from alignkit.columns import SAME, TIE, BadRow, Column, Sieve, check_columns
+from alignkit.columns import SAME, TIE, BadRow, Column, Named, Sieve, check_columns
 from alignkit.errors import DataError
 from alignkit.labels import Label, Labels, group_label, pair_label, single_label
 from alignkit.options import TextOptions
 from alignkit.rows import Rows
 from alignkit.text.content import Ids, TextContent
 from alignkit.text.formats import Rendered, is_messages, render_answers
-from alignkit.text.tokens import PAIR_IDS, Limits, Splitter, ids_of, tokenise
+from alignkit.text.tokens import PAIR_IDS, Limits, Splitter, TokensOf, ids_of, tokenise
 
 LAYOUTS: Mapping[str, tuple[tuple[Column, ...], ...]] = {
     "pairs": (("chosen", "rejected"), PAIR_IDS),
@@ -75,40 +75,83 @@ class TextExamples:
 
 
 def read_examples(rows: Rows, tokenizer: Any, options: TextOptions, kind: str) -> TextExamples:
-    """Check, tokenise and cut preference rows.
+    """Check, tokenise and cut all rows of some data; see `Reader`."""
+    reader = Reader(rows, tokenizer, options, kind)
+    usable, labels = reader.read(enumerate(rows))
+    reader.warn()
+    return TextExamples(usable, labels, dict(reader.skipped), reader.chat)
+
+
+class Reader:
+    """Checks, tokenises and cuts rows, a part of the data at a time.
 
     Args:
-        rows: with the columns of `LAYOUTS`; texts are strings or messages. On any kind `weight`, on
-            pairs `margin`, `p_chosen`, `score_chosen` and `score_rejected`.
+        rows: named in errors. The columns are those of `LAYOUTS`; texts are strings or messages. On
+            any kind `weight`, on pairs `margin`, `p_chosen`, `score_chosen` and `score_rejected`.
         tokenizer: of the policy; not changed.
         options: limits and policies.
         kind: "pairs", "groups" or "unpaired".
 
-    Raises:
-        DataError: for missing columns, or for a bad row under `on_bad_row="error"`.
+    Attributes:
+        skipped: reason -> how many rows were left out so far.
+        truncated: how many rows were cut so far.
+        chat: whether any row was rendered by the chat template.
     """
-    sieve = Sieve(rows, options.on_bad_row)
-    read = []
-    for number, row in enumerate(rows):
-        _refuse_images(row, rows.name)
-        check_columns(row, kind, LAYOUTS, rows.name)
-        with sieve.guard(number):
-            read.append((number, *_READERS[kind](tokenizer, row)))
-    tokens = tokenise(tokenizer, [item for _, item, _ in read if isinstance(item, Rendered)])
-    splitter, limits = Splitter(tokenizer, tokens), Limits(options)
-    usable, labels = [], []
-    for number, item, label in read:
-        with sieve.guard(number):
-            prompt, answers = splitter.split(item) if isinstance(item, Rendered) else item
-            cut = TokenRow(number, *limits.cut(splitter.begun(prompt), answers))
-            if _teaches(cut, label, kind, sieve, options):
-                usable.append(cut)
-                labels.append(label)
-    limits.warn(rows.name)
-    splitter.warn(rows.name)
-    sieve.warn()
-    chat = any(isinstance(item, Rendered) and item.chat for _, item, _ in read)
-    return TextExamples(usable, labels, dict(sieve.skipped), chat)
+
+    def __init__(self, rows: Named, tokenizer: Any, options: TextOptions, kind: str) -> None:
+        self._name = rows.name
+        self._tokenizer = tokenizer
+        self._options = options
+        self._kind = kind
+        self._sieve = Sieve(rows, options.on_bad_row)
+        self._splitter = Splitter(tokenizer)
+        self._limits = Limits(options)
+        self.chat = False
+
+    @property
+    def skipped(self) -> Mapping[str, int]:
+        return self._sieve.skipped
+
+    @property
+    def truncated(self) -> int:
+        return self._limits.truncated
+
+    def read(
+        self, numbered: Iterable[tuple[int, Mapping[str, Any]]]
+    ) -> tuple[list[TokenRow], list[Label]]:
+        """The usable ones of some rows, given with their numbers, and what they say of answers.
+
+        Raises:
+            DataError: for missing columns, or for a bad row under `on_bad_row="error"`.
+        """
+        read = []
+        for number, row in numbered:
+            _refuse_images(row, self._name)
+            check_columns(row, self._kind, LAYOUTS, self._name)
+            with self._sieve.guard(number):
+                read.append((number, *_READERS[self._kind](self._tokenizer, row)))
+        rendered = [item for _, item, _ in read if isinstance(item, Rendered)]
+        self.chat = self.chat or any(item.chat for item in rendered)
+        tokens = tokenise(self._tokenizer, rendered)
+        usable, labels = [], []
+        for number, item, label in read:
+            with self._sieve.guard(number):
+                cut = self._cut(number, item, tokens)
+                if _teaches(cut, label, self._kind, self._sieve, self._options):
+                    usable.append(cut)
+                    labels.append(label)
+        return usable, labels
+
+    def _cut(self, number: int, item: Rendered | Tokens, tokens: TokensOf) -> TokenRow:
+        splitter = self._splitter
+        prompt, answers = splitter.split(item, tokens) if isinstance(item, Rendered) else item
+        return TokenRow(number, *self._limits.cut(splitter.begun(prompt), answers))
+
+    def warn(self) -> None:
+        """Say how many rows were cut or left out, and why."""
+        self._limits.warn(self._name)
+        self._splitter.warn(self._name)
+        self._sieve.warn()
 
 
 Tokens = tuple[Ids, tuple[Ids, ...]]

@@ -17,11 +17,11 @@ log = logging.getLogger("alignkit")
 
 PAIR_IDS = ("prompt_ids", "chosen_ids", "rejected_ids")
 
-Tokens = Mapping[tuple[str, bool], Ids]
+TokensOf = Mapping[tuple[str, bool], Ids]
 """(text, rendered by a chat template) -> its ids."""
 
 
-def tokenise(tokenizer: Any, rendered: Sequence[Rendered]) -> Tokens:
+def tokenise(tokenizer: Any, rendered: Sequence[Rendered]) -> TokensOf:
     """Each distinct text once, in one batched call per kind."""
     tokens: dict[tuple[str, bool], Ids] = {}
     for chat in (True, False):
@@ -72,30 +72,28 @@ class Splitter:
 
     Args:
         tokenizer: of the policy.
-        tokens: the ids of all rendered texts.
 
     Attributes:
         merged: in how many plain rows the tokenizer merged prompt and answer.
         opened: in how many chat rows the template opens an answer otherwise than it is asked for.
     """
 
-    def __init__(self, tokenizer: Any, tokens: Tokens) -> None:
+    def __init__(self, tokenizer: Any) -> None:
         self.tokenizer = tokenizer
-        self.tokens = tokens
         self.eos = tokenizer.eos_token_id
         self.bos = tokenizer.bos_token_id
         self.merged = self.opened = 0
 
-    def split(self, item: Rendered) -> tuple[Ids, tuple[Ids, ...]]:
-        """Prompt and completions.
+    def split(self, item: Rendered, tokens: TokensOf) -> tuple[Ids, tuple[Ids, ...]]:
+        """Prompt and completions, from the ids of all rendered texts.
 
         The prompt ends where the ids of prompt and answers part. Where the tokenizer merges the
         prompt's last characters with an answer's first, that token belongs to the completion.
         """
-        full = [self._closed(self.tokens[text, item.chat], item) for text in item.full]
+        full = [self._closed(tokens[text, item.chat], item) for text in item.full]
         known = full
         if item.prompt is not None:
-            prompt = self.tokens[item.prompt, item.chat]
+            prompt = tokens[item.prompt, item.chat]
             known = [prompt if item.chat else left_open(self.tokenizer, item.prompt, prompt), *full]
         boundary = common_prefix(*known)
         if item.prompt is None and boundary <= int(not item.chat and full[0][0] == self.bos):
