@@ -42,6 +42,10 @@ class BadRow(Exception):
         self.reason = reason
 
 
+class Tie(BadRow):
+    """A row that prefers neither answer: left out and counted, whatever `on_bad_row` says."""
+
+
 class Named(Protocol):
     """Data as errors name it."""
 
@@ -74,6 +78,8 @@ class Sieve:
         """Turns a `BadRow` inside into a `DataError` or a counted skip."""
         try:
             yield
+        except Tie as tie:
+            self.skipped[tie.reason] += 1
         except BadRow as bad:
             if self.on_bad_row == "error":
                 raise DataError(

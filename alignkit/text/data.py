@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -15,15 +16,19 @@ from alignkit.labels import Label, Labels, group_label, pair_label, single_label
 from alignkit.options import TextOptions
 from alignkit.rows import Rows
 from alignkit.text.content import Ids, TextContent
+from alignkit.text.encoding import Encoder, TokensOf
 from alignkit.text.formats import Rendered, is_messages, render_answers
-from alignkit.text.tokens import PAIR_IDS, Limits, Splitter, TokensOf, ids_of, tokenise
+from alignkit.text.layouts import Layout, recognise
+from alignkit.text.tokens import PAIR_IDS, Limits, Splitter, ids_of
 
 LAYOUTS: Mapping[str, tuple[tuple[Column, ...], ...]] = {
     "pairs": (("chosen", "rejected"), PAIR_IDS),
     "groups": (("prompt", "responses", ("ranking", "scores")),),
-    "unpaired": (("prompt", "completion", "label"),),
+    "unpaired": (("prompt", "completion", "label"), ("chosen", "rejected"), PAIR_IDS),
 }
 """Kind of rows -> the ways to write them; a pair's prompt may be what its answers share."""
+
+log = logging.getLogger("alignkit")
 
 IMAGES = ("image", "images")
 
@@ -104,8 +109,12 @@ class Reader:
         self._options = options
         self._kind = kind
         self._sieve = Sieve(rows, options.on_bad_row)
+        self._encoder = Encoder(tokenizer)
         self._splitter = Splitter(tokenizer)
         self._limits = Limits(options)
+        self._template = bool(getattr(tokenizer, "chat_template", None))
+        self._layout: Layout | None = None
+        self._seen = False
         self.chat = False
 
     @property
@@ -127,20 +136,35 @@ class Reader:
         read = []
         for number, row in numbered:
             _refuse_images(row, self._name)
-            check_columns(row, self._kind, LAYOUTS, self._name)
             with self._sieve.guard(number):
-                read.append((number, *_READERS[self._kind](self._tokenizer, row)))
+                ours = self._ours(row)
+                check_columns(ours, self._kind, LAYOUTS, self._name)
+                read.append((number, *_READERS[self._kind](self._tokenizer, ours)))
         rendered = [item for _, item, _ in read if isinstance(item, Rendered)]
         self.chat = self.chat or any(item.chat for item in rendered)
-        tokens = tokenise(self._tokenizer, rendered)
-        usable, labels = [], []
+        tokens = self._encoder.encode(rendered)
+        usable: list[TokenRow] = []
+        labels: list[Label] = []
         for number, item, label in read:
             with self._sieve.guard(number):
                 cut = self._cut(number, item, tokens)
                 if _teaches(cut, label, self._kind, self._sieve, self._options):
-                    usable.append(cut)
-                    labels.append(label)
+                    usable += _apart(cut) if isinstance(label, tuple) else [cut]
+                    labels += label if isinstance(label, tuple) else [label]
         return usable, labels
+
+    def _ours(self, row: Mapping[str, Any]) -> Mapping[str, Any]:
+        """The row in our columns, where the first one was recognised as a published layout."""
+        if not self._seen:
+            self._seen = True
+            self._layout = recognise(row, self._kind)
+            if self._layout is not None:
+                log.warning("%s: read as %s, by its columns.", self._name, self._layout.name)
+        if self._layout is None:
+            return row
+        if not all(name in row for name in self._layout.columns):
+            raise BadRow(f"not all columns of {self._layout.name} are there")
+        return {**_beside(row), **self._layout.convert[self._kind](row, self._template)}
 
     def _cut(self, number: int, item: Rendered | Tokens, tokens: TokensOf) -> TokenRow:
         splitter = self._splitter
@@ -164,7 +188,7 @@ def _pair(tokenizer: Any, row: Mapping[str, Any]) -> tuple[Rendered | Tokens, La
         prompt, *answers = (ids_of(row, column) for column in PAIR_IDS)
         return (prompt, tuple(answers)), label
     answers_of = {name: row[name] for name in ("chosen", "rejected")}
-    return render_answers(tokenizer, row.get("prompt"), answers_of, row.get("tools")), label
+    return render_answers(tokenizer, row.get("prompt"), answers_of, row), label
 
 
 def _group(tokenizer: Any, row: Mapping[str, Any]) -> tuple[Rendered | Tokens, Label]:
@@ -173,33 +197,62 @@ def _group(tokenizer: Any, row: Mapping[str, Any]) -> tuple[Rendered | Tokens, L
         raise BadRow("bad responses", f"responses is a list of answers; got {responses!r}")
     places, label = group_label(row, len(responses))
     answers = {f"responses[{place}]": responses[place] for place in places}
-    return render_answers(tokenizer, row["prompt"], answers, row.get("tools")), label
+    return render_answers(tokenizer, row["prompt"], answers, row), label
 
 
-def _single(tokenizer: Any, row: Mapping[str, Any]) -> tuple[Rendered | Tokens, Label]:
+def _single(
+    tokenizer: Any, row: Mapping[str, Any]
+) -> tuple[Rendered | Tokens, Label | tuple[Label, ...]]:
+    """One labelled answer, or a pair's two: the chosen one liked, the other not."""
+    if "label" not in row:
+        item, _ = _pair(tokenizer, row)
+        return item, tuple(single_label({**row, "label": liked}) for liked in (True, False))
     answers = {"completion": row["completion"]}
-    rendered = render_answers(tokenizer, row["prompt"], answers, row.get("tools"))
+    rendered = render_answers(tokenizer, row["prompt"], answers, row)
     return rendered, single_label(row)
 
 
-_READERS: Mapping[str, Callable[[Any, Mapping[str, Any]], tuple[Rendered | Tokens, Label]]] = {
+_READERS: Mapping[
+    str, Callable[[Any, Mapping[str, Any]], tuple[Rendered | Tokens, Label | tuple[Label, ...]]]
+] = {
     "pairs": _pair,
     "groups": _group,
     "unpaired": _single,
 }
 
 
-def _teaches(row: TokenRow, label: Label, kind: str, sieve: Sieve, options: TextOptions) -> bool:
+def _apart(row: TokenRow) -> list[TokenRow]:
+    """A pair as two rows of one answer each."""
+    return [replace(row, answers=(answer,)) for answer in row.answers]
+
+
+def _beside(row: Mapping[str, Any]) -> dict[str, Any]:
+    """What any row may say beside its answers."""
+    return {name: row[name] for name in _ON_ANY_ROW if name in row}
+
+
+_ON_ANY_ROW = ("weight", "margin", "p_chosen", "tools", "chat_template_kwargs")
+
+
+def _teaches(
+    row: TokenRow,
+    label: Label | tuple[Label, ...],
+    kind: str,
+    sieve: Sieve,
+    options: TextOptions,
+) -> bool:
     """Whether the row prefers something; if not, it is left out by policy."""
-    if kind == "unpaired":
+    if len(row.answers) == 1:
         return True
     first = row.answers[0]
     same = all(np.array_equal(first, other) for other in row.answers[1:])
     if same and options.identical_pairs != "keep":
         how = options.identical_pairs
-        sieve.leave_out(row.number, SAME[kind], option="identical_pairs", how=how, fix="skip")
+        sieve.leave_out(
+            row.number, SAME.get(kind, SAME["pairs"]), option="identical_pairs", how=how, fix="skip"
+        )
         return False
-    if label.tie:
+    if isinstance(label, Label) and label.tie:
         sieve.skipped[TIE] += 1
         return False
     return True

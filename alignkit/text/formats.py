@@ -11,6 +11,7 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, TypeGuard
 
 from alignkit.columns import BadRow
@@ -39,9 +40,13 @@ def is_messages(value: Any) -> TypeGuard[Sequence[Any]]:
 
 
 def render(
-    tokenizer: Any, messages: Messages, *, generation_prompt: bool, tools: Any = None
+    tokenizer: Any,
+    messages: Messages,
+    *,
+    generation_prompt: bool,
+    told: Mapping[str, Any] = MappingProxyType({}),
 ) -> str:
-    """The conversation as text by the tokenizer's own chat template.
+    """The conversation as text by the tokenizer's own chat template; `told` is for the template.
 
     Raises:
         BadRow: if the template refuses it, as some do with roles that they do not know.
@@ -55,7 +60,7 @@ def render(
         )
     try:
         return tokenizer.apply_chat_template(
-            messages, tools=tools, tokenize=False, add_generation_prompt=generation_prompt
+            messages, tokenize=False, add_generation_prompt=generation_prompt, **told
         )
     except Exception as error:  # templates are programs, and may fail in any way
         refusal = "the chat template refuses the conversation"
@@ -85,7 +90,7 @@ def messages_of(value: Any, name: str) -> Messages:
 
 
 def render_answers(
-    tokenizer: Any, prompt: Any, answers: Mapping[str, Any], tools: Any = None
+    tokenizer: Any, prompt: Any, answers: Mapping[str, Any], row: Mapping[str, Any]
 ) -> Rendered:
     """A prompt and its answers in any of the accepted shapes.
 
@@ -93,7 +98,7 @@ def render_answers(
         tokenizer: its chat template renders message lists.
         prompt: a string, messages, or None for what two or more answers have in common.
         answers: their name in errors -> string or messages.
-        tools: what the template is told of tools, as a list or its JSON.
+        row: whose `tools` and `chat_template_kwargs` the template is told.
 
     Raises:
         BadRow: if the row cannot be used.
@@ -102,7 +107,7 @@ def render_answers(
     if prompt is None and len(answers) < 2:
         raise BadRow("there is no prompt")
     if is_messages(prompt) or is_messages(next(iter(answers.values()))):
-        rendered = _render_chat(tokenizer, prompt, answers, _tools_of(tools))
+        rendered = _render_chat(tokenizer, prompt, answers, told_of(row))
     else:
         rendered = _render_plain(prompt, answers)
     for text in (rendered.prompt or "", *rendered.full):
@@ -127,7 +132,9 @@ def _render_plain(prompt: Any, answers: Mapping[str, Any]) -> Rendered:
     return Rendered(prompt, tuple((prompt or "") + value for value in answers.values()), chat=False)
 
 
-def _render_chat(tokenizer: Any, prompt: Any, given: Mapping[str, Any], tools: Any) -> Rendered:
+def _render_chat(
+    tokenizer: Any, prompt: Any, given: Mapping[str, Any], told: Mapping[str, Any]
+) -> Rendered:
     answers = [messages_of(value, name) for name, value in given.items()]
     opening, answers = _parted(prompt, answers)
     for name, answer in zip(given, answers, strict=True):
@@ -144,10 +151,10 @@ def _render_chat(tokenizer: Any, prompt: Any, given: Mapping[str, Any], tools: A
             role = answer[0]["role"]
             raise BadRow(f"{name} begins with a {role}'s message, which answers nothing")
     whole = [
-        render(tokenizer, opening + answer, generation_prompt=False, tools=tools)
+        render(tokenizer, opening + answer, generation_prompt=False, told=told)
         for answer in answers
     ]
-    begun = render(tokenizer, opening, generation_prompt=True, tools=tools)
+    begun = render(tokenizer, opening, generation_prompt=True, told=told)
     return Rendered(begun, tuple(whole), chat=True)
 
 
@@ -171,13 +178,36 @@ def _parted(prompt: Any, answers: list[Messages]) -> tuple[Messages, list[Messag
     return opening, answers
 
 
-def _tools_of(tools: Any) -> Any:
-    if not isinstance(tools, str) or not tools.strip():
-        return tools or None
+_OURS = ("tokenize", "add_generation_prompt", "continue_final_message", "conversation")
+"""What the template is asked for by us, and by no row."""
+
+
+def told_of(row: Mapping[str, Any]) -> dict[str, Any]:
+    """What a row tells the chat template: its `tools`, as a list or its JSON, and the variables in
+    `chat_template_kwargs`.
+    """
+    tools = _unpacked(row.get("tools"), "tools", "a list")
+    variables = _unpacked(row.get("chat_template_kwargs"), "chat_template_kwargs", "a mapping")
+    told = {} if not tools else {"tools": tools}
+    if not variables:
+        return told
+    if not isinstance(variables, Mapping):
+        raise BadRow("chat_template_kwargs is no mapping")
+    for name in variables:
+        if name in _OURS or name.startswith("return_"):
+            raise BadRow(f"chat_template_kwargs holds {name!r}, which is no variable of a template")
+    # Arrow tables give every row the keys of all rows, with None where a row had none.
+    return told | {name: value for name, value in variables.items() if value is not None}
+
+
+def _unpacked(value: Any, name: str, what: str) -> Any:
+    """A value that csv files and strict tables hold as JSON."""
+    if not isinstance(value, str) or not value.strip():
+        return value or None
     try:
-        return json.loads(tools) or None
+        return json.loads(value) or None
     except ValueError as error:
-        raise BadRow("tools is no JSON", f"tools must be a list or its JSON: {error}") from error
+        raise BadRow(f"{name} is no JSON", f"{name} must be {what} or its JSON: {error}") from error
 
 
 def _shared_turns(first: Messages, *others: Messages) -> int:

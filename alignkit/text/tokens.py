@@ -1,9 +1,9 @@
-"""From rendered rows to token ids: each text tokenised once, split by ids, cut by stated rules."""
+"""From the ids of rendered rows to prompts and answers: split by ids, cut by stated rules."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -11,33 +11,12 @@ import numpy as np
 from alignkit.columns import BadRow
 from alignkit.options import TextOptions
 from alignkit.text.content import Ids
+from alignkit.text.encoding import TokensOf
 from alignkit.text.formats import Rendered, left_open, single_bos
 
 log = logging.getLogger("alignkit")
 
 PAIR_IDS = ("prompt_ids", "chosen_ids", "rejected_ids")
-
-TokensOf = Mapping[tuple[str, bool], Ids]
-"""(text, rendered by a chat template) -> its ids."""
-
-
-def tokenise(tokenizer: Any, rendered: Sequence[Rendered]) -> TokensOf:
-    """Each distinct text once, in one batched call per kind."""
-    tokens: dict[tuple[str, bool], Ids] = {}
-    for chat in (True, False):
-        items = [item for item in rendered if item.chat == chat]
-        texts = dict.fromkeys(
-            text for item in items for text in (item.prompt, *item.full) if text is not None
-        )
-        if not texts:
-            continue
-        # A chat template has placed BOS and EOS itself; adding them again would double them.
-        ids = tokenizer(
-            list(texts), add_special_tokens=not chat, return_attention_mask=False, verbose=False
-        )["input_ids"]
-        for text, one in zip(texts, ids, strict=True):
-            tokens[text, chat] = np.asarray(one, dtype=np.int32)
-    return tokens
 
 
 def ids_of(row: Mapping[str, Any], column: str) -> Ids:

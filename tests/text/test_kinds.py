@@ -171,8 +171,8 @@ def test_a_bad_row_is_named_or_left_out_by_policy(kind, change, words) -> None:
 
 
 def test_rows_of_another_kind_are_named() -> None:
-    with pytest.raises(DataError, match=r"rows of unpaired have .*They are the columns of pairs"):
-        read([PLAIN], kind="unpaired")
+    with pytest.raises(DataError, match=r"rows of pairs have .*They are the columns of unpaired"):
+        read([SINGLE])
     with pytest.raises(DataError, match=r"'chosen', 'rejected' is missing.*columns of groups"):
         read([RANKED])
     with pytest.raises(DataError, match=r"'ranking' is missing.*Did you mean 'rankings'"):
