@@ -15,7 +15,8 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from alignkit.batches import Batch, Likelihood
-from alignkit.protocols import Backend, Draw, Examples, Reference
+from alignkit.examples import Examples
+from alignkit.protocols import Backend, Draw, Reference
 
 CHUNK = 64
 """Rows that are read together while the bank is filled."""

@@ -124,7 +124,7 @@ def _agree(expected: Iterable[Ids], found: Iterable[Ids]) -> bool:
 
 def _core_of(tokenizer: Any) -> Any:
     """The tokenizer's Rust core, where it has one that neither cuts nor pads."""
-    core = getattr(tokenizer, "backend_tokenizer", None)
+    core: Any = getattr(tokenizer, "backend_tokenizer", None)
     if not hasattr(core, "encode_batch_fast"):
         return None
     return core if core.truncation is None and core.padding is None else None
