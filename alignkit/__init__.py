@@ -41,8 +41,11 @@ from alignkit.reference_options import (
 if TYPE_CHECKING:
     from alignkit.api import AlignResult, Run, align, build
     from alignkit.cite import citations
+    from alignkit.evaluation import Evaluation, SheetResult, evaluate, fill_sheet, read_sheets
     from alignkit.labeller import sample_preferences
+    from alignkit.length_control import length_controlled_win_rate
     from alignkit.precompute import precompute_reference
+    from alignkit.statistics import paired_difference, win_rate
     from alignkit.trainer import Trainer
 
 __version__ = "0.1.0"
@@ -58,6 +61,7 @@ __all__ = [
     "DataError",
     "EMAReference",
     "EarlyStop",
+    "Evaluation",
     "GenerationOptions",
     "ImageOptions",
     "LoRA",
@@ -66,6 +70,7 @@ __all__ = [
     "PrecomputedReference",
     "Run",
     "ScoreLabels",
+    "SheetResult",
     "SyncedReference",
     "TextOptions",
     "Trainer",
@@ -74,12 +79,26 @@ __all__ = [
     "align_rounds",
     "build",
     "citations",
+    "evaluate",
+    "fill_sheet",
+    "length_controlled_win_rate",
     "methods",
+    "paired_difference",
     "precompute_reference",
+    "read_sheets",
     "sample_preferences",
+    "win_rate",
 ]
 
 _LAZY = {
+    "Evaluation": "alignkit.evaluation",
+    "SheetResult": "alignkit.evaluation",
+    "evaluate": "alignkit.evaluation",
+    "fill_sheet": "alignkit.evaluation",
+    "read_sheets": "alignkit.evaluation",
+    "length_controlled_win_rate": "alignkit.length_control",
+    "paired_difference": "alignkit.statistics",
+    "win_rate": "alignkit.statistics",
     "AlignResult": "alignkit.api",
     "Run": "alignkit.api",
     "Trainer": "alignkit.trainer",

@@ -11,18 +11,17 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from alignkit.assemble import assemble, load_trained
+from alignkit.assemble import assemble
 from alignkit.config import RunConfig, from_file
 from alignkit.errors import ConfigError
-from alignkit.methods import DPO, Method
+from alignkit.methods import Method
 from alignkit.options import GenerationOptions, ImageOptions, LoRA, TextOptions, TrainerOptions
-from alignkit.parts import build_wing, modality_of
+from alignkit.parts import modality_of
 from alignkit.result import AlignResult, FinishedRun
 from alignkit.run import Run
 from alignkit.runtime import Runtime
-from alignkit.schema import build as build_options
 from alignkit.schema import hints, refuse_unknown_keys
-from alignkit.yaml_file import read_yaml
+from alignkit.trained import load, source_of
 
 __all__ = ["AlignResult", "Run", "align", "build", "modality_of", "sample"]
 
@@ -136,10 +135,6 @@ def _refuse_beside_file(given: Mapping[str, Any]) -> None:
         )
 
 
-def _is_language_model(folder: Path) -> bool:
-    return (folder / "config.json").exists() or (folder / "adapter_config.json").exists()
-
-
 def sample(
     path: str | Path,
     prompts: Sequence[str],
@@ -151,20 +146,6 @@ def sample(
     Returns:
         strings, or PIL images.
     """
-    runtime = Runtime()
-    folder, model = Path(path), Path(path) / "model"
-    if not model.is_dir():
-        config = RunConfig(str(path), DPO(), data=[])
-        wing = build_wing(config, modality_of(config.policy), runtime)
-        return wing.sample(list(prompts), generation or config.generation, seed=seed)
-    told = read_yaml(folder / "config.yaml") if (folder / "config.yaml").is_file() else {}
-    # A language model's folder says all; an image adapter's needs the base that its run names.
-    if _is_language_model(model) or not told:
-        config = RunConfig(str(model), DPO(), data=[])
-        wing = build_wing(config, modality_of(config.policy), runtime)
-    else:
-        config = from_file(folder / "config.yaml")
-        wing = load_trained(config, modality_of(config.policy), model, runtime)
-    wing.chat = (told.get("resolved") or {}).get("chat", wing.chat)
-    own = build_options(GenerationOptions, told.get("generation") or {}, "generation")
-    return wing.sample(list(prompts), generation or own, seed=seed)
+    source = source_of(path)
+    wing = load(source, Runtime(), seed=seed)
+    return wing.sample(list(prompts), generation or source.generation, seed=seed)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from alignkit import checkpoint
+from alignkit.bank import Repeated
 from alignkit.checks.rows import check_labels
 from alignkit.config import RunConfig, changed_keys, check, resolve_data_options, to_mapping
 from alignkit.criteria import describe
@@ -21,9 +22,10 @@ from alignkit.reference_bank import BankedReference
 from alignkit.references import model_of
 from alignkit.result import FinishedRun
 from alignkit.rows import refuse_missing
-from alignkit.run import NUM_SAMPLES, Run, giving_back, tell
+from alignkit.run import NUM_SAMPLES, Run, giving_back
 from alignkit.run_folder import RunFolder, environment
 from alignkit.runtime import Runtime, pick_precision
+from alignkit.screen import tell
 from alignkit.sources import RowSource
 from alignkit.splits import SPLIT
 from alignkit.trainer import Trainer
@@ -183,8 +185,9 @@ def _sources(
         data, read = (data, options) if training else _evaluated(config, data, options)
         examples = wing.examples(data, read, kind=rows, seed=config.seed)
         check_labels(objective.criterion, examples.labels)
+        draws = 1 if training else options.eval_draws
         return RowSource(
-            examples,
+            examples if draws == 1 else Repeated(examples, draws),
             batch_size=config.trainer.batch_size,
             epochs=epochs,
             seed=config.seed,

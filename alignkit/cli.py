@@ -10,7 +10,7 @@ import typer
 from typer.core import TyperGroup
 
 from alignkit import __version__
-from alignkit.commands import cache, doctor, label, listing
+from alignkit.commands import cache, doctor, evaluate, label, listing
 from alignkit.errors import AlignkitError
 
 
@@ -155,6 +155,7 @@ def report(run: Annotated[Path, typer.Argument(help="A run folder.")]) -> None:
 app.add_typer(cache.app, name="cache")
 app.add_typer(label.app, name="label")
 app.add_typer(doctor.app, name="doctor")
+app.command()(evaluate.evaluate)
 app.command("methods")(listing.list_methods)
 app.command("losses")(listing.list_losses)
 app.command()(listing.cite)

@@ -211,14 +211,15 @@ def to_mapping(config: RunConfig) -> dict[str, Any]:
     Objects in memory become text such as "<in memory: Qwen2ForCausalLM>", which `from_mapping`
     refuses.
     """
-    mapping = {f.name: _plain(getattr(config, f.name)) for f in fields(config)}
-    method = {f.name: _plain(getattr(config.method, f.name)) for f in fields(config.method)}
+    mapping = {f.name: to_plain(getattr(config, f.name)) for f in fields(config)}
+    method = {f.name: to_plain(getattr(config.method, f.name)) for f in fields(config.method)}
     keywords = method.pop("keywords")
     mapping["method"] = {"name": config.method.name, **method, **keywords}
     return mapping
 
 
-def _plain(value: Any) -> Any:
+def to_plain(value: Any) -> Any:
+    """Options, paths and numbers as YAML and JSON hold them; anything else as what it is called."""
     if value is None or isinstance(value, (bool, str)):
         return value
     if isinstance(value, Path):
@@ -229,11 +230,11 @@ def _plain(value: Any) -> Any:
         return float(value)
     if isinstance(value, _OPTIONS):
         kind = {"kind": value.kind} if isinstance(value, ReferenceOption) else {}
-        return kind | {f.name: _plain(getattr(value, f.name)) for f in fields(value)}
+        return kind | {f.name: to_plain(getattr(value, f.name)) for f in fields(value)}
     if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
+        return {str(key): to_plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)) and all(isinstance(item, (str, Real)) for item in value):
-        return [_plain(item) for item in value]
+        return [to_plain(item) for item in value]
     return f"{_IN_MEMORY}{_describe(value)}>"
 
 

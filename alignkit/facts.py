@@ -8,7 +8,8 @@ from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal, Self
 
 from alignkit.errors import CheckpointError
-from alignkit.evaluate import Difference, WinRate
+from alignkit.length_control import LengthControlled
+from alignkit.statistics import Difference, Mean, WinRate
 
 Series = dict[str, list[tuple[float, float]]]
 """Metric name -> (step, value) pairs."""
@@ -54,20 +55,23 @@ class EvaluationRow:
     def of(
         cls,
         measure: str,
-        result: WinRate | Difference,
+        result: WinRate | Mean | LengthControlled,
         *,
         unit: str = "",
         better: Literal["higher", "lower"] | None = "higher",
         note: str = "",
     ) -> Self:
-        """The row of a `win_rate` or `paired_difference`."""
+        """The row of a win rate, plain or at equal length, a mean or a difference."""
         names = ("value", "low", "high", "num", "missing", "confidence")
         common: dict[str, Any] = {name: getattr(result, name) for name in names}
         if isinstance(result, WinRate):
             note = note or f"{result.wins} wins, {result.ties} ties, {result.losses} losses"
             common |= {"unit": "share", "neutral": 0.5}
+        elif isinstance(result, LengthControlled):
+            common |= {"unit": "share", "neutral": 0.5}
         else:
-            common |= {"unit": unit, "neutral": 0.0}
+            common |= {"unit": unit, "neutral": None if unit == "share" else 0.0}
+        if isinstance(result, Difference):
             common |= {"before": result.before, "after": result.after}
         return cls(measure=measure, better=better, note=note, **common)
 
@@ -225,53 +229,3 @@ def series(records: Sequence[Mapping[str, Any]]) -> Series:
             if name != "step" and number and math.isfinite(value):
                 found.setdefault(name, []).append((float(step), float(value)))
     return found
-
-
-def health(records: Sequence[Mapping[str, Any]]) -> list[str]:
-    """What in the curves of a run deserves a warning."""
-    curves = {name: [value for _, value in points] for name, points in series(records).items()}
-    warnings = []
-    lost = [
-        r.get("step") for r in records if any(r.get(k, 0) is None for k in ("loss", "grad_norm"))
-    ]
-    if lost:
-        warnings.append(
-            f"The loss or its gradient was not finite at step {lost[0]}. Lower the learning rate, "
-            "or train in bf16 or fp32."
-        )
-    losses = curves.get("loss", [])
-    if len(losses) >= 5 and max(losses) - min(losses) <= 1e-4 * abs(sum(losses) / len(losses)):
-        warnings.append(
-            f"The loss never moved from {show(losses[0])}. Is the learning rate too low, or is "
-            "nothing trainable?"
-        )
-    accuracy, chosen = curves.get("rewards/accuracies", []), curves.get("rewards/chosen", [])
-    rose = len(accuracy) >= 2 and _end(accuracy) > _start(accuracy)
-    if chosen and rose and _end(chosen) < -2:
-        warnings.append(
-            f"Likelihood displacement: the accuracy rose while rewards/chosen fell to "
-            f"{show(_end(chosen))}, so the chosen answers became less likely too and the mass went "
-            "elsewhere. Raise beta, add an SFT term on the chosen answers, or train fewer steps."
-        )
-    if len(accuracy) >= 5 and _end(accuracy) < 0.45:
-        warnings.append(
-            f"The policy ends up preferring the rejected answers (accuracy {_end(accuracy):.2f}). "
-            "Are chosen and rejected swapped, or is the learning rate too high?"
-        )
-    held_out = curves.get("eval/rewards/accuracies", [])
-    if accuracy and held_out and _end(accuracy) - held_out[-1] > 0.2:
-        warnings.append(
-            f"Overfitting: accuracy {_end(accuracy):.2f} on training pairs, {held_out[-1]:.2f} on "
-            "held-out ones. Train fewer steps, raise beta, or add data."
-        )
-    return warnings
-
-
-def _start(values: Sequence[float]) -> float:
-    part = values[: max(1, len(values) // 4)]
-    return sum(part) / len(part)
-
-
-def _end(values: Sequence[float]) -> float:
-    part = values[-max(1, len(values) // 4) :]
-    return sum(part) / len(part)

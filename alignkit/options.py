@@ -12,6 +12,7 @@ from types import MappingProxyType
 from typing import Literal
 
 from alignkit.errors import ConfigError
+from alignkit.generation_options import GenerationOptions as GenerationOptions
 from alignkit.ranges import finite, list_of_names, not_negative, positive, share
 
 BadRow = Literal["error", "skip"]
@@ -159,6 +160,11 @@ class TextOptions:
         """The options of rows that are evaluated: the same."""
         return self
 
+    @property
+    def eval_draws(self) -> int:
+        """Text has no draw to repeat."""
+        return 1
+
 
 @dataclass(frozen=True, kw_only=True)
 class ScoreLabels:
@@ -206,6 +212,8 @@ class ImageOptions:
         held_out_share: of the prompts, kept away from training; `eval_data="split"` evaluates
             their rows.
         part: which of these rows are read.
+        eval_draws: timesteps and noises at which each held-out row is evaluated: the same at every
+            evaluation, and spread evenly over the timesteps.
         columns: our column name -> the data's.
     """
 
@@ -222,11 +230,17 @@ class ImageOptions:
     latents: Literal["mean", "sample"] = "mean"
     held_out_share: float = 0.0
     part: Literal["train", "held_out", "all"] = "train"
+    eval_draws: int = 4
     on_bad_row: BadRow = "error"
     columns: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        positive("data_options", resolution=self.resolution, bucket_step=self.bucket_step)
+        positive(
+            "data_options",
+            resolution=self.resolution,
+            bucket_step=self.bucket_step,
+            eval_draws=self.eval_draws,
+        )
         finite("data_options", min_margin=self.min_margin)
         share(
             "data_options",
@@ -269,33 +283,3 @@ class LoRA:
         share("adapter", dropout=self.dropout)
         if not isinstance(self.targets, str):
             object.__setattr__(self, "targets", tuple(self.targets))
-
-
-@dataclass(frozen=True, kw_only=True)
-class GenerationOptions:
-    """How answers are sampled, for reports and online methods.
-
-    Attributes:
-        temperature: 0 takes the most likely token.
-        top_k: 0 keeps the whole vocabulary.
-        stop: strings that end an answer (text).
-        steps, guidance_scale, height, width: the image sampler's; None means the pipeline's size.
-    """
-
-    max_new_tokens: int = 256
-    temperature: float = 1.0
-    top_p: float = 1.0
-    top_k: int = 0
-    stop: tuple[str, ...] = ()
-    engine: Literal["transformers"] = "transformers"
-    steps: int = 30
-    guidance_scale: float = 5.0
-    height: int | None = None
-    width: int | None = None
-
-    def __post_init__(self) -> None:
-        names = ("max_new_tokens", "steps", "height", "width", "top_p")
-        positive("generation", **{name: getattr(self, name) for name in names})
-        share("generation", top_p=self.top_p)
-        not_negative("generation", temperature=self.temperature, top_k=self.top_k)
-        object.__setattr__(self, "stop", list_of_names("generation.stop", self.stop))

@@ -42,10 +42,20 @@ _PANELS: Mapping[str, tuple[str, ...]] = {
     "Implicit rewards": ("rewards/chosen", "rewards/rejected"),
     "Reward margin": ("rewards/margins",),
     "Reward accuracy": ("rewards/accuracies",),
+    "Accuracy by timestep": ("accuracy/",),
+    "Log-ratio to the reference": ("log_ratio/chosen", "log_ratio/rejected"),
+    "Denoising error above the reference's": ("error/chosen", "error/rejected"),
+    "Length of samples in tokens": (
+        "samples/tokens_median",
+        "samples/tokens_p95",
+        "samples/tokens_max",
+    ),
+    "Samples cut by the limit": ("samples/cut",),
     "Gradient norm": ("grad_norm",),
     "Learning rate": ("learning_rate",),
 }
-"""Panels that come first, and their metrics; evaluation curves of the same names join them."""
+"""Panels that come first, and their metrics; evaluation curves of the same names join them. A name
+that ends in a slash is a family's."""
 
 
 def draw_plots(records: Sequence[Mapping[str, Any]]) -> tuple[list[Plot], list[str]]:
@@ -74,8 +84,8 @@ def _arrange(curves: Series) -> dict[str, list[str]]:
     for name in sorted(curves, key=lambda name: (name.startswith("eval/"), name)):
         base = name.removeprefix("eval/")
         # A named evaluation set stands between: eval/<set>/loss.
-        ends = (title for metric, title in home.items() if base.endswith(f"/{metric}"))
-        title = home.get(base) or next(ends, base)
+        places = (title for metric, title in home.items() if _is_of(base, metric))
+        title = next(places, base)
         panels.setdefault(title, []).append(name)
     for title, names in panels.items():
         order = _PANELS.get(title, ())
@@ -83,11 +93,18 @@ def _arrange(curves: Series) -> dict[str, list[str]]:
     return {title: names for title, names in panels.items() if names}
 
 
+def _is_of(name: str, metric: str) -> bool:
+    """Whether a curve is of a panel's metric or of its family, of whichever evaluation set."""
+    if metric.endswith("/"):
+        return f"/{name}".rpartition("/")[0].endswith(f"/{metric[:-1]}")
+    return f"/{name}".endswith(f"/{metric}")
+
+
 def _draw(curves: Series) -> bytes:
     def fill(axes: Any) -> None:
         for index, (name, points) in enumerate(curves.items()):
             _draw_curve(axes, name, points, _COLORS[index % len(_COLORS)])
-        if all(name.endswith("accuracies") for name in curves):
+        if all("accurac" in name for name in curves):
             axes.set_ylim(-0.03, 1.03)
             axes.axhline(0.5, color=_INK, linewidth=0.9, linestyle=(0, (4, 3)))
         axes.margins(x=0.02)

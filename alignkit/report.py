@@ -6,9 +6,8 @@ Everything that came from data, models or options is escaped.
 
 from __future__ import annotations
 
-import io
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -22,15 +21,16 @@ from alignkit.facts import (
     EvaluationRow,
     ReportFacts,
     duration,
-    health,
     label,
     memory,
     show,
 )
+from alignkit.health import health
 from alignkit.model_card import model_card
 from alignkit.pages import inline, render
 from alignkit.plots import draw_plots
-from alignkit.run_folder import RunFolder, Samples, atomic_write
+from alignkit.run_folder import RunFolder, atomic_write
+from alignkit.sample_tables import courses, first_and_last, length_table
 
 __all__ = [
     "EvaluationRow",
@@ -47,12 +47,6 @@ _SYMBOLS = (
     "b = beta; w, l = log-ratio of policy to reference on the chosen and the rejected answer; "
     "h = w - l; m = target margin; L(x) = -log sigmoid(x)"
 )
-_MOST_ROWS = 24
-"""Sample rows at most in one table."""
-_MOST_BETWEEN = 8
-"""Sample steps at most between the first and the last."""
-_PICTURE_SIDE = 512
-"""Pixels of the longer side of a sample picture in the report; the folder keeps the full size."""
 
 
 def write_report(folder: RunFolder, facts: ReportFacts) -> Path:
@@ -65,18 +59,18 @@ def write_report(folder: RunFolder, facts: ReportFacts) -> Path:
     plots, plots_left_out = draw_plots(records)
     for plot in plots:
         atomic_write(folder.plots_dir / plot.file, plot.png)
-    samples, between, between_left_out = _samples(folder.read_samples())
+    found = folder.read_samples()
     html = render(
         "report.html.j2",
         title=facts.title,
         facts=facts,
         subtitle=_subtitle(facts),
-        result=_result(facts),
+        result=result_card(facts),
         warnings=[*facts.warnings, *health(records)],
         sections=_sections(facts),
-        samples=samples,
-        between=between,
-        between_left_out=between_left_out,
+        samples=first_and_last(found),
+        courses=courses(found),
+        lengths=length_table(found),
         plots=[
             {"title": p.title, "alt": p.alt, "source": inline(p.png, "image/png")} for p in plots
         ],
@@ -100,13 +94,13 @@ def write_index(path: str | Path, runs: Sequence[ReportFacts], *, title: str) ->
     parts = []
     for facts in runs:
         report = Path(facts.run_dir) / "report.html"
-        samples, _, _ = _samples(RunFolder(facts.run_dir).read_samples())
+        samples = first_and_last(RunFolder(facts.run_dir).read_samples())
         parts.append(
             {
                 "title": facts.title,
                 "subtitle": _subtitle(facts),
                 "link": quote(Path(os.path.relpath(report, path.parent)).as_posix()),
-                "result": _result(facts),
+                "result": result_card(facts),
                 "samples": samples,
             }
         )
@@ -163,7 +157,7 @@ def _subtitle(facts: ReportFacts) -> list[str]:
     return [part for part in (*parts, facts.finished.replace("T", " ")) if part]
 
 
-def _result(facts: ReportFacts) -> dict[str, Any] | None:
+def result_card(facts: ReportFacts) -> dict[str, Any] | None:
     """The verdict's table: what was measured, and what it cost."""
     rows, costs = facts.evaluation, _costs(facts)
     if not rows and not costs:
@@ -208,70 +202,3 @@ def _sections(facts: ReportFacts) -> list[tuple[str, list[dict[str, Any]]]]:
         for heading, mapping in sections
         if mapping
     ]
-
-
-def _samples(
-    found: Mapping[int, Samples],
-) -> tuple[dict[str, Any] | None, list[dict[str, Any]], int]:
-    """First against last; the steps between; and how many of those are left out."""
-    if not found:
-        return None, [], 0
-    steps = list(found)
-    between = steps[1:-1]
-    if len(between) > _MOST_BETWEEN:
-        stride = (len(between) - 1) / (_MOST_BETWEEN - 1)
-        between = [between[round(index * stride)] for index in range(_MOST_BETWEEN)]
-    first, last = found[steps[0]], found[steps[-1]]
-    main = _table([first] if len(steps) == 1 else [first, last])
-    tables = [_table([found[step]]) for step in between]
-    return main, tables, max(0, len(steps) - 2) - len(between)
-
-
-def _table(columns: Sequence[Samples]) -> dict[str, Any]:
-    """One row per prompt of the last column; the same prompt's answer in the others."""
-    last, pictures = columns[-1], columns[-1].pictures
-    answers = [_by_occurrence(samples) for samples in columns]
-    keys = list(answers[-1])[:_MOST_ROWS]
-    cell = _picture if pictures else lambda answer: answer or ""
-    return {
-        "columns": [_column(samples.step) for samples in columns],
-        "pictures": pictures,
-        "rows": [
-            {"prompt": prompt, "answers": [cell(a.get((prompt, nth))) for a in answers]}
-            for prompt, nth in keys
-        ],
-        "left_out": len(last.prompts) - len(keys),
-    }
-
-
-def _by_occurrence(samples: Samples) -> dict[tuple[str, int], str | Path]:
-    """(prompt, how often it came before) -> answer."""
-    seen: dict[str, int] = {}
-    answers: dict[tuple[str, int], str | Path] = {}
-    for index, prompt in enumerate(samples.prompts):
-        nth = seen.get(prompt, 0)
-        answers[prompt, nth], seen[prompt] = samples.answers[index], nth + 1
-    return answers
-
-
-def _column(step: int) -> str:
-    return "before training" if step == 0 else f"after step {step:,}"
-
-
-def _picture(path: str | Path | None) -> dict[str, Any] | None:
-    if path is None:
-        return None
-    from PIL import Image
-
-    with Image.open(path) as picture:
-        width, height = picture.size
-        if max(width, height) <= _PICTURE_SIDE:
-            source = inline(Path(path).read_bytes(), "image/png")
-        else:
-            smaller = picture.convert("RGB")
-            smaller.thumbnail((_PICTURE_SIDE, _PICTURE_SIDE), Image.Resampling.LANCZOS)
-            out = io.BytesIO()
-            smaller.save(out, "JPEG", quality=88)
-            width, height = smaller.size
-            source = inline(out.getvalue(), "image/jpeg")
-    return {"source": source, "width": width, "height": height, "small": max(width, height) <= 96}

@@ -54,7 +54,7 @@ def name_of(given: Any, reward: Reward) -> str:
 def _named(given: str, modality: str, device: str) -> Reward:
     name, _, weights = given.partition("=")
     if not weights and ":" in given:
-        return _function(given)
+        return function_of(given)
     scorers = f"{MODALITIES[modality]}.scorers"
     try:
         wing = import_module(scorers)
@@ -69,19 +69,24 @@ def _named(given: str, modality: str, device: str) -> Reward:
     return found
 
 
-def _function(given: str) -> Reward:
+def function_of(given: str, what: str = "reward") -> Any:
+    """The function that "module:function" names, looked for in the working folder, too.
+
+    Raises:
+        ConfigError: there is none.
+    """
     module, _, name = given.rpartition(":")
     here = str(Path.cwd())
     sys.path.insert(0, here)
     try:
         found: Any = getattr(import_module(module), name, None)
     except ImportError as error:
-        raise ConfigError(f"The reward {given!r} cannot be imported: {error}.") from error
+        raise ConfigError(f"The {what} {given!r} cannot be imported: {error}.") from error
     finally:
         sys.path.remove(here)
     if not callable(found):
         raise ConfigError(
-            f"The reward {given!r} must be a function of (prompts, responses, rows); the module "
+            f"The {what} {given!r} must be a function; the module "
             f"has {'no such name' if found is None else type(found).__name__}."
         )
     return found

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import time
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
@@ -10,8 +9,6 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
-
-from tqdm.auto import tqdm
 
 from alignkit import checkpoint
 from alignkit.average import Average
@@ -23,6 +20,8 @@ from alignkit.outcome import write_outcome
 from alignkit.protocols import Wing
 from alignkit.result import AlignResult
 from alignkit.run_folder import RunFolder
+from alignkit.sample_files import counted_samples, lengths
+from alignkit.screen import Alarm, progress, shown, tell
 from alignkit.sources import RowSource
 from alignkit.trainer import Trainer
 
@@ -72,6 +71,7 @@ class Run:
             )
         self._result: AlignResult | None = None
         self._sampled = -1
+        self._alarm = Alarm()
         # A run that is dropped before its loop gives back what it borrowed, too.
         weakref.finalize(self, wing.release).atexit = False
 
@@ -142,28 +142,23 @@ class Run:
             return
         if self.trainer.step == 0:
             self._sample(0)
-        bar = tqdm(
-            total=self.trainer.total_steps,
-            initial=self.trainer.step,
-            desc=self.config.method.name,
-            unit="step",
-            disable=not self.runtime.is_main,
-        )
+        bar = progress(self.trainer, self.config.method.name)
         with bar:
             for bare in self.trainer.steps():
                 if self.average is not None:
                     self.average.update(bare.step)
                 record = self._evaluate(bare) if _due(options.eval_every, bare.step) else bare
+                if _due(options.sample_every, record.step):
+                    found = self._sample(record.step)
+                    record = replace(record, metrics={**record.metrics, **found})
                 self.seconds = time.perf_counter() - started
                 self._record(record)
-                if _due(options.sample_every, record.step):
-                    self._sample(record.step)
                 # Last, so that a run resumed from here lacks nothing of this step.
                 due = _due(options.save_every, record.step) and self.trainer.source.at_boundary
                 if due or self.best.step_to_keep == record.step:
                     self.save()
                 bar.update()
-                bar.set_postfix(_shown(record, self.metrics), refresh=False)
+                bar.set_postfix(shown(record, self.metrics), refresh=False)
                 yield record
                 if self.best.should_stop:
                     return
@@ -175,6 +170,8 @@ class Run:
         if self.writes:
             assert self.folder is not None
             self.folder.append_metrics(line)
+        if self.runtime.is_main and self.eval_sources:
+            self._alarm.look(self.history)
         if record.metrics and self.config.trainer.trackers:
             values = {k: v for k, v in line.items() if k != "step"}
             self.runtime.accelerator.log(values, step=record.step)
@@ -218,20 +215,25 @@ class Run:
             checkpoint.prune(root, self.config.trainer.keep_checkpoints, spare)
         self.runtime.barrier()
 
-    def _sample(self, step: int) -> None:
-        """Answer the report's prompts; with sharded weights all processes must, together."""
+    def _sample(self, step: int) -> dict[str, float]:
+        """Answer the report's prompts; with sharded weights all processes must, together.
+
+        Returns:
+            how long the answers are, where they have lengths.
+        """
         if self.folder is None or not self.prompts or self._sampled == step:
-            return
+            return {}
+        found: dict[str, float] = {}
         if self.writes or self.runtime.sharding != "none":
+            given, options, seed = self.prompts, self.config.generation, self.config.seed
             with self._averaged():
-                answers = self.wing.sample(
-                    self.prompts, self.config.generation, seed=self.config.seed
-                )
+                answers, counted = counted_samples(self.wing, given, options, seed)
+            found = lengths(**counted) if counted else {}
         if self.writes:
             texts = [self.wing.prompt_text(prompt) for prompt in self.prompts]
-            self.folder.write_samples(step, texts, answers)
+            self.folder.write_samples(step, texts, answers, **counted)
         self._sampled = step
-        self.runtime.barrier()
+        return {f"samples/{name}": n for name, n in self.runtime.share(found).items()}
 
     def finish(self) -> AlignResult:
         """Save the model, write the report, and return the result."""
@@ -243,7 +245,7 @@ class Run:
     def _finish(self) -> AlignResult:
         if self.eval_sources and not any(k.startswith("eval/") for k in self.metrics):
             self.metrics.update(self._held_out())
-        self._sample(self.trainer.step)
+        self.metrics.update(self._sample(self.trainer.step))
         if self.average is not None:
             self.average.show(True)  # and so it stays in the hands of the caller
         report = write_outcome(self)
@@ -278,18 +280,5 @@ def giving_back(folder: RunFolder | None) -> Iterator[None]:
         raise
 
 
-def tell(text: str) -> None:
-    """One line for whoever watches, above the progress bar."""
-    tqdm.write(text, file=sys.stderr)
-
-
 def _due(every: int | None, step: int) -> bool:
     return every is not None and step % every == 0
-
-
-def _shown(record: StepRecord, metrics: Mapping[str, float]) -> dict[str, str]:
-    shown = {"loss": f"{record.loss:.4f}"}
-    if "rewards/accuracies" in metrics:
-        shown["accuracy"] = f"{metrics['rewards/accuracies']:.2f}"
-        shown["margin"] = f"{metrics['rewards/margins']:.3g}"
-    return shown

@@ -212,14 +212,19 @@ class RunFolder:
         return self._metrics.cut(step)
 
     def write_samples(
-        self, step: int, prompts: Sequence[str], answers: Sequence[str | Image]
+        self,
+        step: int,
+        prompts: Sequence[str],
+        answers: Sequence[str | Image],
+        tokens: Sequence[int] = (),
+        cut: Sequence[bool] = (),
     ) -> Path:
         """Keep what the policy answered at `step` (0 is before training), and return where.
 
         That is `samples/step-000010.jsonl` for text; for pictures it is the folder
         `samples/step-000010` with `000.png`, `001.png` ... and `prompts.json`.
         """
-        return write_samples(self.samples_dir, step, prompts, answers)
+        return write_samples(self.samples_dir, step, prompts, answers, tokens, cut)
 
     def read_samples(self) -> dict[int, Samples]:
         """Step -> samples, in the order of steps."""

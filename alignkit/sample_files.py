@@ -7,9 +7,14 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from alignkit.atomic import atomic_folder, atomic_write
+from alignkit.capabilities import CountsTokens
+from alignkit.options import GenerationOptions
+from alignkit.protocols import Wing
 from alignkit.records import broken, to_json
 
 if TYPE_CHECKING:
@@ -26,11 +31,15 @@ class Samples:
         step: 0 is before training.
         prompts: one per answer.
         answers: strings, or the paths of pictures.
+        tokens: of each answer; empty where nobody counted.
+        cut: whether each answer was ended by the limit of new tokens.
     """
 
     step: int
     prompts: tuple[str, ...]
     answers: tuple[str, ...] | tuple[Path, ...]
+    tokens: tuple[int, ...] = ()
+    cut: tuple[bool, ...] = ()
 
     @property
     def pictures(self) -> bool:
@@ -38,8 +47,34 @@ class Samples:
         return bool(self.answers) and isinstance(self.answers[0], Path)
 
 
+def counted_samples(
+    wing: Wing, prompts: Sequence[Any], options: GenerationOptions, seed: int
+) -> tuple[list[Any], dict[str, list[Any]]]:
+    """Answers; and, where they have tokens, their numbers and whether the limit cut them."""
+    if not isinstance(wing, CountsTokens):
+        return wing.sample(prompts, options, seed=seed), {}
+    found = wing.sample_counted(prompts, options, seed=seed)
+    tokens = [len(answer) for answer in found.answer_ids]
+    return list(found.answers), {"tokens": tokens, "cut": found.cut}
+
+
+def lengths(tokens: Sequence[int], cut: Sequence[bool]) -> dict[str, float]:
+    """Median, tail and longest of answers in tokens, and the share that the limit ended."""
+    return {
+        "tokens_median": float(np.median(tokens)),
+        "tokens_p95": float(np.quantile(tokens, 0.95)),
+        "tokens_max": float(max(tokens)),
+        "cut": float(np.mean(cut)),
+    }
+
+
 def write_samples(
-    root: Path, step: int, prompts: Sequence[str], answers: Sequence[str | Image]
+    root: Path,
+    step: int,
+    prompts: Sequence[str],
+    answers: Sequence[str | Image],
+    tokens: Sequence[int] = (),
+    cut: Sequence[bool] = (),
 ) -> Path:
     """Write one step's answers below `root`, whole or not at all, in place of earlier ones."""
     if len(prompts) != len(answers):
@@ -50,7 +85,12 @@ def write_samples(
     target = root / f"step-{step:06d}"
     if all(isinstance(answer, str) for answer in answers):
         target = target.with_suffix(".jsonl")
-        rows = [{"prompt": p, "answer": a} for p, a in zip(prompts, answers, strict=True)]
+        rows: list[dict[str, Any]] = [
+            {"prompt": p, "answer": a} for p, a in zip(prompts, answers, strict=True)
+        ]
+        counted = zip(tokens, cut, strict=True)
+        for row, (length, limited) in zip(rows, counted, strict=bool(tokens)):
+            row |= {"tokens": length, "cut": limited}
         atomic_write(target, "".join(to_json(row, "samples") + "\n" for row in rows))
         return target
     with atomic_folder(target) as folder:
@@ -78,7 +118,14 @@ def read_samples(root: Path) -> dict[int, Samples]:
 
 def _read_text(step: int, path: Path) -> Samples:
     rows = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
-    return Samples(step, tuple(row["prompt"] for row in rows), tuple(row["answer"] for row in rows))
+    counted = [row for row in rows if "tokens" in row]
+    return Samples(
+        step,
+        tuple(row["prompt"] for row in rows),
+        tuple(row["answer"] for row in rows),
+        tuple(row["tokens"] for row in counted),
+        tuple(row["cut"] for row in counted),
+    )
 
 
 def _read_pictures(step: int, path: Path) -> Samples:

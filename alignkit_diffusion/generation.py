@@ -51,7 +51,7 @@ def sample_images(
     """
     if not prompts:
         return []
-    height, width = _size(pipe, autoencoder, options)
+    height, width = size_of(pipe, autoencoder, options)
     sampler = family.sampler(pipe)
     chunk = max(1, PIXELS_PER_CALL // (height * width))
     starts = range(0, len(prompts), chunk)
@@ -84,7 +84,12 @@ def sample_images(
     return images
 
 
-def _size(pipe: Any, autoencoder: Autoencoder, options: GenerationOptions) -> tuple[int, int]:
+def size_of(pipe: Any, autoencoder: Autoencoder, options: GenerationOptions) -> tuple[int, int]:
+    """Height and width that are asked for, or those that the UNet was trained for.
+
+    Raises:
+        ConfigError: one is no multiple of the VAE's factor.
+    """
     native = native_size(pipe, autoencoder.factor)
     height = native[0] if options.height is None else options.height
     width = native[1] if options.width is None else options.width

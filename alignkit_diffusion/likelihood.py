@@ -18,9 +18,8 @@ of the first unit. SDXL: sum w_t = 6.53; at 1024 px D = 65536, and beta 5000 of 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -28,10 +27,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from alignkit.batches import Batch, Likelihood
-from alignkit.draws import generator
 from alignkit.errors import refuse_unknown
-from alignkit.protocols import Key
 from alignkit_diffusion.content import ImageContent, ImageDraw
+from alignkit_diffusion.drawing import Drawing
 from alignkit_diffusion.families import Family
 from alignkit_diffusion.memory import MemoryModel
 
@@ -178,7 +176,7 @@ def checkpointing(unet: Any) -> Iterator[None]:
             module.gradient_checkpointing = flag
 
 
-class ImageBackend:
+class ImageBackend(Drawing):
     """Evaluates images: the `Backend` of this wing.
 
     Args:
@@ -196,44 +194,6 @@ class ImageBackend:
         self.memory = memory
         self.bank: int | None = None
         self._limits: dict[int, int] = {}
-
-    def draw(self, batch: Batch, key: Key) -> ImageDraw:
-        """One timestep, uniform over those of the family, and one standard normal noise for each
-        group.
-
-        They are a function of (seed, optimizer step, position in the global batch), so that no
-        split over micro-batches or processes changes them. With a bank, a training step takes one
-        of the row's draws instead.
-        """
-        seed, step = key
-        positions = batch.position.tolist()
-        if self.bank is None or step == 0:
-            return self._drawn(batch, [(*key, position) for position in positions])
-        numbers = [int(generator("bank", *key, p).integers(self.bank)) for p in positions]
-        return self.banked_draw(batch, numbers, seed)
-
-    def banked_draw(self, batch: Batch, numbers: Sequence[int], seed: int) -> ImageDraw:
-        """The draws of the given numbers, one per group: functions of (seed, row, number)."""
-        rows = batch.row_id.tolist()
-        places = [(seed, *place) for place in zip(rows, numbers, strict=True)]
-        return replace(self._drawn(batch, places, "banked "), numbers=tuple(numbers))
-
-    def _drawn(
-        self, batch: Batch, places: Sequence[tuple[int, ...]], stream: str = ""
-    ) -> ImageDraw:
-        """Timestep and noise of each group, keyed by its place."""
-        content: ImageContent = batch.content
-        firsts = torch.searchsorted(batch.group, torch.arange(batch.num_groups)).tolist()
-        drawn = self.family.timesteps or range(self.family.num_timesteps)
-        timesteps, noise = [], []
-        for place, first in zip(places, firsts, strict=True):
-            timesteps.append(
-                drawn[int(generator(f"{stream}timestep", *place).integers(len(drawn)))]
-            )
-            shape = tuple(content.latents[first].shape)
-            values = generator(f"{stream}noise", *place).standard_normal(shape, dtype="float32")
-            noise.append(torch.from_numpy(values))
-        return ImageDraw(torch.tensor(timesteps, dtype=torch.int64), tuple(noise))
 
     def split(self, batch: Batch, budget: int | str) -> list[Batch]:
         """Micro-batches of one latent shape, of at most `budget` groups or of what memory allows.

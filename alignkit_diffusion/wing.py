@@ -17,6 +17,7 @@ from alignkit.protocols import Wing
 from alignkit_diffusion import lora
 from alignkit_diffusion.autoencoder import Autoencoder
 from alignkit_diffusion.data import ImageExamples, distinct_prompts, prepare_examples
+from alignkit_diffusion.editing import Editing
 from alignkit_diffusion.generation import sample_images
 from alignkit_diffusion.geometry import checked
 from alignkit_diffusion.kernels import Folding
@@ -112,7 +113,7 @@ def build(
     )
 
 
-class ImageWing:
+class ImageWing(Editing):
     """The parts of an image run: the `Wing` of this package.
 
     Attributes:

@@ -208,6 +208,7 @@ class TableExamples:
     """`num` pairs of a table, as `Examples`; remembers which (row, epoch) were asked for."""
 
     skipped: ClassVar[dict[str, int]] = {}
+    labels: ClassVar[Any] = None
 
     def __init__(self, num: int, weight: Sequence[float] | None = None) -> None:
         self.num = num

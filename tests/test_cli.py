@@ -28,6 +28,23 @@ COMMANDS = {
     "demo": {"--out", "--quick"},
     "sample": {"run_or_model", "prompts", "--seed", "--generation", "--out"},
     "report": {"run"},
+    "evaluate": {
+        "run_or_model",
+        "--against",
+        "--data",
+        "--prompts",
+        "--prompt-column",
+        "--num-prompts",
+        "--reward",
+        "--judge",
+        "--edit",
+        "--sheet",
+        "--out",
+        "--generation",
+        "--data-option",
+        "--precision",
+        "--seed",
+    },
     "methods": set(),
     "losses": {"--markdown"},
     "cite": {"file_or_method"},
@@ -232,6 +249,31 @@ def test_sample_saves_images(api, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     call("sample", "my/xl", "red")
     assert (tmp_path / "samples" / "000.png").exists()
+
+
+def test_evaluate_passes_on_what_it_is_told(monkeypatch, tmp_path):
+    from alignkit.options import ImageOptions
+
+    asked = []
+    monkeypatch.setattr("alignkit.evaluation.evaluate", lambda *a, **b: asked.append((a, b)) or "x")
+    (tmp_path / "model_index.json").write_text("{}")
+    given = ["--edit", "0.3,0.9", "--judge", "operator:eq", "--generation", "steps=5"]
+    options = ["--data-option", "eval_draws=8", "--data", "d.jsonl", "--num-prompts", 7]
+    done = call("evaluate", tmp_path, *given, *options, "--sheet", tmp_path / "sheet")
+    assert done.exit_code == 0, done.output
+    assert done.stdout.split() == ["x", "Sheet:", str(tmp_path / "sheet" / "index.html")]
+    ((model,), told) = asked[0]
+    assert model == str(tmp_path) and told["edit"] == (0.3, 0.9) and told["num_prompts"] == 7
+    assert told["judge"](1, 1) is True and told["against"] == "auto"
+    assert told["generation"] == GenerationOptions(steps=5)
+    assert told["data_options"] == ImageOptions(eval_draws=8)
+    for wrong, words in (
+        (["--edit", "much"], "Strengths are numbers"),
+        (["--judge", "operator:equals"], "judge 'operator:equals' must be a function"),
+        (["--data-option", "max_length=3"], "data_options.max_length is not an option"),
+    ):
+        refused = call("evaluate", tmp_path, *wrong)
+        assert refused.exit_code == 2 and words in refused.stderr, refused.stderr
 
 
 def test_demo_and_report_call_their_modules(monkeypatch, tmp_path):

@@ -20,8 +20,8 @@ import yaml
 from PIL import Image
 
 from alignkit.errors import CheckpointError, ConfigError
-from alignkit.evaluate import paired_difference, win_rate
 from alignkit.facts import duration, memory, series, show
+from alignkit.health import winner_alarm
 from alignkit.plots import draw_plots
 from alignkit.report import (
     EvaluationRow,
@@ -34,6 +34,7 @@ from alignkit.report import (
     write_report,
 )
 from alignkit.run_folder import RunFolder
+from alignkit.statistics import paired_difference, win_rate
 
 EVIL = "<script>alert('x')</script>\"><img src=x onerror=alert(1)>"
 VOID = {"meta", "img", "br", "link", "input"}
@@ -141,16 +142,15 @@ def test_report_says_what_was_run_and_what_came_out(run: RunFolder) -> None:
         "parameters 494,032,768",
         "skipped identical answers: 2",
         "before training after step 8 p1 first before first after p2 empty second after",
-        "Samples after step 4 Prompt after step 4 p1 first between",
+        "p1 before training first before after step 4 first between after step 8 first after",
         "seed: 7",
         "peft not installed",
         "@article{x, title={T}}",
     ):
         assert words in page.text, words
     assert page.text.index("first after") < page.text.index("first between")
-    assert [tag for tag, _ in page.tags].count(
-        "details"
-    ) == 4  # step 4, config, versions, citations
+    # two prompts' courses, config, versions, citations
+    assert [tag for tag, _ in page.tags].count("details") == 5
 
 
 def test_report_needs_nothing_outside_itself(run: RunFolder) -> None:
@@ -196,7 +196,11 @@ def test_picture_samples_stand_side_by_side(run: RunFolder) -> None:
         "Sample before training for the prompt: p1",
         "Sample after step 8 for the prompt: p1",
     ]
-    assert len(samples) == 6
+    assert [p["alt"] for p in samples[4:7]] == [
+        f"Sample {step} for the prompt: p1"
+        for step in ("before training", "after step 4", "after step 8")
+    ]
+    assert len(samples) == 4 + 6
     first = Image.open(io.BytesIO(base64.b64decode((samples[0]["src"] or "").split(",")[1])))
     assert first.size == (512, 256), "large pictures are made smaller"
     assert (samples[0]["width"], samples[0]["height"]) == ("512", "256")
@@ -214,12 +218,27 @@ def test_samples_are_matched_by_prompt(run: RunFolder) -> None:
 
 def test_many_samples_and_steps_are_cut_and_counted(run: RunFolder) -> None:
     for step in range(20):
-        run.write_samples(step, [f"p{i}" for i in range(30)], ["x"] * 30)
+        run.write_samples(step, [f"p{i}" for i in range(30)], [f"said at {step}"] * 30)
     page = Page(write_report(run, facts_of(run)))
     assert "6 more in the folder samples/." in page.text
-    assert "Samples of 10 more steps are in the folder samples/." in page.text
-    assert [tag for tag, _ in page.tags].count("details") == 8 + 3
-    assert "Samples after step 1 " in page.text and "Samples after step 18 " in page.text
+    assert page.text.count("10 more steps in the folder samples/.") == 24
+    assert [tag for tag, _ in page.tags].count("details") == 24 + 3
+    shown = [step for step in range(20) if f"after step {step} said at {step}" in page.text]
+    assert len(shown) == 9 and shown[-1] == 19, "and the one before training"
+
+
+def test_each_prompt_is_followed_through_training(run: RunFolder) -> None:
+    """Its answers at every step, whatever its place among the prompts was then."""
+    run.write_samples(0, ["p", "q"], ["p0", "q0"], [3, 900], [False, True])
+    run.write_samples(5, ["q", "p"], ["q5", "p5"], [7, 2], [False, False])
+    run.write_samples(8, ["p", "q"], ["p8", "q8"], [4, 4], [False, False])
+    text = Page(write_report(run, facts_of(run))).text
+    course = "p before training 3 tokens p0 after step 5 2 tokens p5 after step 8 4 tokens p8"
+    assert course in text
+    assert "q before training 900 tokens, cut q0 after step 5 7 tokens q5" in text
+    # Median, 95th percentile, longest, cut: of 3 and 900, of 2 and 7, of 4 and 4.
+    assert "before training 452 855 900 50 %" in text
+    assert "after step 5 4 7 7 0 % after step 8 4 4 4 0 %" in text
 
 
 def test_everything_from_outside_is_escaped(run: RunFolder) -> None:
@@ -415,6 +434,57 @@ def test_long_curves_keep_their_level() -> None:
     assert _running_mean([2.0] * 100) == pytest.approx([2.0] * 100)
     ramp = [float(i) for i in range(100)]
     assert _running_mean(ramp)[10:90] == pytest.approx(ramp[10:90])
+
+
+def test_metrics_of_one_idea_share_a_panel() -> None:
+    names = ["log_ratio/chosen", "eval/hard/log_ratio/rejected", "eval/accuracy/t0-250"]
+    names += ["eval/hard/accuracy/t250-500", "error/chosen", "samples/tokens_median", "samples/cut"]
+    plots, _ = draw_plots([{"step": 1, **dict.fromkeys(names, 1.0)}])
+    found = {plot.title: plot.alt for plot in plots}
+    assert list(found) == [
+        "Accuracy by timestep",
+        "Log-ratio to the reference",
+        "Denoising error above the reference's",
+        "Length of samples in tokens",
+        "Samples cut by the limit",
+    ]
+    assert all(name in found["Log-ratio to the reference"] for name in names[:2])
+    assert all(name in found["Accuracy by timestep"] for name in names[2:4])
+
+
+ALARM = "The winner gets worse"
+
+
+@pytest.mark.parametrize(
+    ("errors", "alarm"),
+    [
+        ([0.1, 0.2, 0.3], True),  # from no difference up, three times
+        ([0.1, 0.2], False),  # too early to say
+        ([0.1, 0.3, 0.2, 0.4], False),  # it came down in between
+        ([0.3, 0.2, 0.1, 0.05], False),
+        ([-0.4, -0.3, -0.2, -0.1], False),  # better than the reference all along
+        ([-0.2, 0.5, 0.1, 0.2, 0.3], False),  # once it fell, it must grow three times anew
+        ([-0.2, 0.5, 0.1, 0.2, 0.3, 0.4], True),
+    ],
+)
+def test_the_alarm_of_a_winner_that_keeps_getting_worse(errors: list[float], alarm: bool) -> None:
+    for name in ("eval/error/chosen", "eval/hard/error/chosen"):
+        found = winner_alarm(curve(**{name: errors}))
+        assert (found is not None) == alarm
+        assert not alarm or (name in found and ALARM in found)
+    assert winner_alarm(curve(**{"eval/error/rejected": errors})) is None
+    assert any(ALARM in w for w in health(curve(**{"eval/error/chosen": errors}))) == alarm
+
+
+def test_without_held_out_rows_the_alarm_reads_the_training_curve() -> None:
+    noise = np.random.default_rng(0).normal(0, 0.3, 200)
+    ramp = np.linspace(0, 1, 200)
+    assert ALARM in (winner_alarm(curve(**{"error/chosen": list(ramp + noise)})) or "")
+    for drift in (0 * ramp, -ramp, np.where(ramp < 0.5, ramp, 1 - ramp)):
+        assert winner_alarm(curve(**{"error/chosen": list(drift + noise)})) is None
+    # A held-out set that says otherwise is believed.
+    both = {"error/chosen": list(ramp), "eval/error/chosen": [0.0] * 200}
+    assert winner_alarm(curve(**both)) is None
 
 
 def curve(**metrics: list[Any]) -> list[dict[str, Any]]:

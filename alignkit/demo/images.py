@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from alignkit.api import build
-from alignkit.demo.measure import likelihoods, mean_row, win_row
+from alignkit.demo.measure import likelihoods, win_row
 from alignkit.demo.scene_world import (
     attribute_score,
     known_reward,
@@ -15,12 +14,12 @@ from alignkit.demo.scene_world import (
     make_prompts,
     write_pairs,
 )
-from alignkit.evaluate import paired_difference
 from alignkit.facts import EvaluationRow
 from alignkit.methods import DPO
 from alignkit.options import GenerationOptions, LoRA, TrainerOptions
 from alignkit.result import AlignResult
 from alignkit.run import Run
+from alignkit.statistics import mean, paired_difference
 
 MODEL = Path(__file__).parent / "models" / "sdxl"
 
@@ -84,14 +83,15 @@ def run_images(folder: Path, size: ImageDemo) -> tuple[AlignResult, list[Evaluat
 
 def _drift(run: Run, pairs: Path) -> list[EvaluationRow]:
     """Change of the denoising error on held-out pictures, preferred and other."""
-    found: dict[str, Any] = likelihoods(run, str(pairs), run.wing.default_options)
+    found = likelihoods(run, str(pairs), run.wing.default_options)
     return [
-        mean_row(
+        EvaluationRow.of(
             f"denoising error of {side} pictures against the reference",
             # log-ratio = -1/2 (error of policy - error of reference)
-            [-2 * value for value in found[f"log_ratio_{side}"]],
+            mean(-2 * values.mean(axis=1)),
             unit="per element",
+            better=None,
             note="policy minus reference, held-out pairs",
         )
-        for side in ("chosen", "rejected")
+        for side, values in (("chosen", found.chosen), ("rejected", found.rejected))
     ]

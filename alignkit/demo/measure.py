@@ -5,12 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import torch
-
-from alignkit.evaluate import paired_difference, win_rate
+from alignkit.evaluation.likelihoods import PairNumbers, pair_numbers
 from alignkit.facts import EvaluationRow
 from alignkit.run import Run
-from alignkit.sources import RowSource
+from alignkit.statistics import win_rate
 
 
 def win_row(
@@ -27,42 +25,8 @@ def win_row(
     return EvaluationRow.of("win rate over the base, by the known reward", win_rate(*scores))
 
 
-def mean_row(measure: str, values: Sequence[float], *, unit: str, note: str) -> EvaluationRow:
-    """A mean with its interval, of something that has no good or bad direction."""
-    found = paired_difference([0.0] * len(values), values)
-    return EvaluationRow(
-        measure=measure,
-        value=found.value,
-        low=found.low,
-        high=found.high,
-        num=found.num,
-        unit=unit,
-        note=note,
-    )
-
-
-@torch.no_grad()
-def likelihoods(run: Run, rows: Any, options: Any) -> dict[str, list[float]]:
-    """Per pair, what policy and reference say of both answers, on draws that training never used.
-
-    Keys: log_ratio_chosen, log_ratio_rejected, and the reference's log-likelihood per token of both
-    (reference_chosen, reference_rejected).
-    """
+def likelihoods(run: Run, rows: Any, options: Any) -> PairNumbers:
+    """What policy and reference say of pairs, on draws that training never used."""
     examples = run.wing.examples(rows, options, kind="pairs", seed=run.config.seed)
-    source = RowSource(
-        examples, batch_size=64, epochs=1, seed=0, processes=run.runtime, shuffle=False
-    )
     objective: Any = run.trainer.objective
-    found: dict[str, list[float]] = {}
-    for batch in source.once():
-        for micro in objective.micro_batches(batch, 0):
-            scores = objective.scores(micro)
-            values = {
-                "log_ratio_chosen": scores.chosen,
-                "log_ratio_rejected": scores.rejected,
-                "reference_chosen": scores.reference_chosen / scores.chosen_length,
-                "reference_rejected": scores.reference_rejected / scores.rejected_length,
-            }
-            for name, value in values.items():
-                found.setdefault(name, []).extend(value.tolist())
-    return found
+    return pair_numbers(objective, examples, options.eval_draws, run.runtime)

@@ -9,13 +9,13 @@ from typing import Any
 
 from alignkit.api import build
 from alignkit.demo.chat_world import known_reward, make_pairs, make_prompts
-from alignkit.demo.measure import likelihoods, mean_row, win_row
-from alignkit.evaluate import paired_difference
+from alignkit.demo.measure import likelihoods, win_row
 from alignkit.facts import EvaluationRow
 from alignkit.methods import DPO
 from alignkit.options import GenerationOptions, TextOptions, TrainerOptions
 from alignkit.result import AlignResult
 from alignkit.run import Run
+from alignkit.statistics import mean, paired_difference
 
 MODEL = Path(__file__).parent / "models" / "chat"
 
@@ -75,10 +75,11 @@ def run_text(folder: Path, size: TextDemo) -> tuple[AlignResult, list[Evaluation
 def _kl(run: Run, asked: list[Any], answers: list[str]) -> EvaluationRow:
     """KL to the reference: the mean log-ratio over the policy's own answers."""
     found = likelihoods(run, _pairs(asked, answers, answers), _KEEP_ALL)
-    return mean_row(
+    return EvaluationRow.of(
         "KL to the reference, per answer",
-        found["log_ratio_chosen"],
+        mean(found.chosen[:, 0]),
         unit="nats",
+        better=None,
         note="mean log-ratio on the aligned model's own answers at temperature 1",
     )
 
@@ -88,7 +89,7 @@ def _fluency(run: Run, asked: list[Any], before: list[str], after: list[str]) ->
     found = likelihoods(run, _pairs(asked, after, before), _KEEP_ALL)
     return EvaluationRow.of(
         "fluency under the base model, per token",
-        paired_difference(found["reference_rejected"], found["reference_chosen"]),
+        paired_difference(found.own[1][:, 0], found.own[0][:, 0]),
         unit="nats",
         note="change of the base's log-prob of the answers; no pair speaks of it",
     )

@@ -138,6 +138,8 @@ def group_metrics(scores: GroupScores, beta: float, weight: Tensor) -> Metrics:
         "rewards/accuracies": _mean(accuracy, weight * (decided > 0)),
         "logps/chosen": _mean(over(scores.policy.double(), best), weight),
         "logps/rejected": _mean(over(scores.policy.double(), rest), weight),
+        "log_ratio/chosen": _mean(over(scores.log_ratio.double(), best), weight),
+        "log_ratio/rejected": _mean(over(scores.log_ratio.double(), rest), weight),
     }
     return values
 
@@ -180,6 +182,7 @@ def unpaired_metrics(scores: UnpairedScores, beta: float, weight: Tensor) -> Met
     for name, where in (("chosen", liked), ("rejected", ~liked)):
         found[f"rewards/{name}"] = _mean(reward, weight * where)
         found[f"logps/{name}"] = _mean(scores.policy, weight * where)
+        found[f"log_ratio/{name}"] = _mean(scores.log_ratio, weight * where)
     if scores.kl is not None:
         found["objective/kl_baseline"] = _mean(scores.kl, weight)
     return found

@@ -28,6 +28,7 @@ from alignkit.objectives.global_batch import couple
 from alignkit.objectives.kinds import Scores
 from alignkit.objectives.modifiers import Modifiers, mean
 from alignkit.objectives.pieces import Micro, Scored
+from alignkit.objectives.strata import by_stratum, with_errors
 from alignkit.protocols import Backend, Collective, Key, Reference, Trainable
 
 _ALONE: Any = SimpleNamespace(rank=0, size=1, sum=lambda value: value, gather=lambda value: value)
@@ -201,6 +202,7 @@ class PreferenceObjective:
     def _metrics(self, scored: Scored) -> Metrics:
         criterion, scores, weight = self.criterion, scored.scores, scored.weight
         metrics = criterion.kind.metrics(scores, criterion.beta, weight) | scored.metrics
+        metrics = with_errors(self.backend, metrics)
         capped = criterion.capped(scores)
         return metrics if capped is None else metrics | {"divergence/capped": mean(capped, weight)}
 
@@ -216,7 +218,9 @@ class PreferenceObjective:
         """The metrics of held-out rows, the loss among them."""
         scored, losses = self._known(micro)
         total = scored.counted(losses) + scored.anchored()
-        return {"loss": (total, scored.weight.sum()), **self._metrics(scored)}
+        kind, beta = self.criterion.kind, self.criterion.beta
+        strata = by_stratum(self.backend, micro, kind, beta, scored)
+        return {"loss": (total, scored.weight.sum()), **self._metrics(scored), **strata}
 
     @torch.no_grad()
     def culprits(self, micro: Micro) -> list[int]:

@@ -91,6 +91,20 @@ def _fit(prompt: Ids, new_tokens: int, positions: int | None) -> tuple[Ids, int]
     return prompt, min(new_tokens, positions - len(prompt))
 
 
+def is_cut(
+    prompt: Ids,
+    answer: Sequence[int],
+    options: GenerationOptions,
+    positions: int | None,
+    eos_ids: Sequence[int],
+    text: str,
+) -> bool:
+    """Whether the answer was ended by its limit, and not by an eos or a stop string."""
+    _, limit = _fit(prompt, options.max_new_tokens, positions)
+    stopped = answer[-1] in eos_ids or any(stop in text for stop in options.stop)
+    return len(answer) == limit and not stopped
+
+
 @contextmanager
 def _no_defaults(model: Any) -> Iterator[None]:
     """Inside, the model has no generation defaults of its own.

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from alignkit.adapters import active_adapters, adapter_on, adapters_off
+from alignkit.capabilities import Sampled
 from alignkit.columns import check_kind
 from alignkit.errors import ConfigError
 from alignkit.memory import align_memory
@@ -21,7 +22,7 @@ from alignkit.rows import read_rows
 from alignkit.text.backend import TextBackend
 from alignkit.text.data import TextExamples, read_examples
 from alignkit.text.formats import left_open, prompt_of, prompt_text, render_prompt
-from alignkit.text.generation import generate
+from alignkit.text.generation import generate, is_cut
 from alignkit.text.handed import State, base_of, evaluating, max_positions, uncompiled
 from alignkit.text.likelihood import TextLikelihood
 from alignkit.text.loading import load, refuse_other_models
@@ -167,6 +168,12 @@ class TextWing:
 
     def sample(self, prompts: Sequence[Any], options: GenerationOptions, *, seed: int) -> list[str]:
         """One answer per prompt; bare strings are wrapped as a user's turn if the data was chat."""
+        return self.sample_counted(prompts, options, seed=seed).answers
+
+    def sample_counted(
+        self, prompts: Sequence[Any], options: GenerationOptions, *, seed: int
+    ) -> Sampled:
+        """The same, with the tokens of prompts and answers."""
         ids = self._prompt_ids(prompts)
         eos = self._eos_ids()
 
@@ -175,12 +182,18 @@ class TextWing:
 
         with evaluating(self.policy), uncompiled(self.policy):
             new = self.module.within(answers)
-        texts = [self.tokenizer.decode(one, skip_special_tokens=True).rstrip() for one in new]
+        texts = [self.tokenizer.decode(one, skip_special_tokens=True) for one in new]
+        positions = max_positions(self.policy)
+        cut = [
+            is_cut(prompt, answer, options, positions, eos, text)
+            for prompt, answer, text in zip(ids, new, texts, strict=True)
+        ]
         # The answer to a plain text goes on where that ends, with a blank if need be.
-        return [
-            text.lstrip() if self.chat or not isinstance(prompt, str) else text
+        texts = [
+            text.strip() if self.chat or not isinstance(prompt, str) else text.rstrip()
             for prompt, text in zip(prompts, texts, strict=True)
         ]
+        return Sampled(texts, [prompt.tolist() for prompt in ids], new, cut)
 
     def _prompt_ids(self, prompts: Sequence[Any]) -> list[np.ndarray]:
         ids = []

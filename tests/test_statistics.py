@@ -11,7 +11,14 @@ import numpy as np
 import pytest
 
 from alignkit.errors import DataError
-from alignkit.evaluate import paired_difference, wilson, win_rate
+from alignkit.statistics import (
+    mean,
+    paired_difference,
+    preference_rate,
+    preferences,
+    wilson,
+    win_rate,
+)
 
 
 def test_win_rate_counts_ties_half_and_leaves_missing_out() -> None:
@@ -85,7 +92,7 @@ def test_paired_difference_uses_the_pairing() -> None:
 def test_resampling_in_chunks_covers_all_resamples(monkeypatch: pytest.MonkeyPatch) -> None:
     before, after = np.zeros(50), np.arange(50.0)
     whole = paired_difference(before, after, num_resamples=999)
-    monkeypatch.setattr("alignkit.evaluate._CELLS", 50 * 100)
+    monkeypatch.setattr("alignkit.intervals._CELLS", 50 * 100)
     assert paired_difference(before, after, num_resamples=999) == whole
 
 
@@ -106,8 +113,33 @@ def test_wilson_refuses_impossible_counts() -> None:
 
 
 def test_import_is_light() -> None:
-    code = (
-        "import sys, alignkit.evaluate; print('torch' in sys.modules, 'matplotlib' in sys.modules)"
-    )
+    heavy = "'torch' in sys.modules, 'matplotlib' in sys.modules"
+    code = f"import sys, alignkit.statistics; print({heavy})"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["False", "False"]
+
+
+def test_entries_of_one_prompt_are_resampled_together() -> None:
+    """Ten copies of each prompt know no more than one: the interval is that of ten times fewer."""
+    generator = np.random.default_rng(3)
+    values = generator.normal(size=40)
+    owner = [f"prompt {i}" for i in range(40) for _ in range(10)]
+    once, copied = mean(values), mean(np.repeat(values, 10), prompts=owner)
+    assert copied.value == pytest.approx(once.value)
+    assert (copied.low, copied.high) == pytest.approx((once.low, once.high), abs=1e-12)
+    apart = mean(np.repeat(values, 10))
+    assert apart.high - apart.low < 0.5 * (copied.high - copied.low)
+    with pytest.raises(DataError, match="got 1 for 40"):
+        mean(values, prompts=["x"])
+
+
+def test_probabilities_of_a_judge_are_a_win_rate() -> None:
+    rate = preference_rate([0.9, 0.5, 0.2, None, 0.8])
+    assert rate.value == pytest.approx(0.6)
+    assert (rate.wins, rate.ties, rate.losses, rate.missing) == (2, 1, 1, 1)
+    assert rate.low < 0.6 < rate.high
+
+
+def test_preferences_keep_what_is_missing_missing() -> None:
+    found = preferences([1.0, 2.0, 3.0, None], [2.0, 2.0, 1.0, 9.0])
+    assert found[:3].tolist() == [1.0, 0.5, 0.0] and np.isnan(found[3])

@@ -1,0 +1,83 @@
+"""What a wing may be able to do beyond its seams. Whoever wants it asks with `isinstance`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
+
+from torch import Tensor
+
+from alignkit.batches import Batch
+from alignkit.options import GenerationOptions
+from alignkit.protocols import Key
+
+
+@dataclass(frozen=True)
+class Sampled:
+    """Sampled answers with their tokens.
+
+    Attributes:
+        answers: strings, one per prompt.
+        prompt_ids: what the model was asked, in token ids.
+        answer_ids: what it answered; the closing eos is there where the answer ended by itself.
+        cut: whether `max_new_tokens` (or the model's last position) ended the answer.
+    """
+
+    answers: list[str]
+    prompt_ids: list[list[int]]
+    answer_ids: list[list[int]]
+    cut: list[bool]
+
+
+@runtime_checkable
+class CountsTokens(Protocol):
+    """A wing whose answers have lengths."""
+
+    def sample_counted(
+        self, prompts: Sequence[Any], options: GenerationOptions, *, seed: int
+    ) -> Sampled:
+        """`Wing.sample`, with what was sampled before it became text."""
+        ...
+
+
+@runtime_checkable
+class DrawsInStrata(Protocol):
+    """A backend whose likelihood is an error at a drawn place, such as a diffusion timestep."""
+
+    error_scale: float
+    """What a log-likelihood is multiplied by to give the error that it stands for."""
+
+    def strata(self, batch: Batch, key: Key) -> tuple[tuple[str, ...], Tensor]:
+        """Names of the strata, such as "t0-250", and (G,) which one each group's draw is from."""
+        ...
+
+
+@runtime_checkable
+class EditsPictures(Protocol):
+    """A wing whose policy also changes pictures that are there."""
+
+    def edit(
+        self,
+        prompts: Sequence[str],
+        pictures: Sequence[Any],
+        options: GenerationOptions,
+        *,
+        strength: float,
+        seed: int,
+    ) -> list[Any]:
+        """Each picture noised to `strength` and denoised under its prompt (SDEdit)."""
+        ...
+
+    def inpaint(
+        self,
+        prompts: Sequence[str],
+        pictures: Sequence[Any],
+        masks: Sequence[Any],
+        options: GenerationOptions,
+        *,
+        strength: float,
+        seed: int,
+    ) -> list[Any]:
+        """Each picture filled anew, under its prompt, where its mask is white."""
+        ...
