@@ -31,6 +31,17 @@ class Sampled:
 
 
 @runtime_checkable
+class Samples(Protocol):
+    """Something that answers prompts, and whose likelihoods nobody asks for."""
+
+    def sample(
+        self, prompts: Sequence[Any], options: GenerationOptions, *, seed: int
+    ) -> Sequence[Any]:
+        """One answer per prompt."""
+        ...
+
+
+@runtime_checkable
 class CountsTokens(Protocol):
     """A wing whose answers have lengths."""
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from alignkit.capabilities import CountsTokens, Sampled
+from alignkit.capabilities import CountsTokens, Sampled, Samples
 from alignkit.errors import DataError
 from alignkit.evaluation.likelihoods import Measures, pair_numbers
 from alignkit.evaluation.scoring import Rows, Score, scores_of, verdicts_of
@@ -17,7 +17,7 @@ from alignkit.facts import EvaluationRow
 from alignkit.length_control import length_controlled_win_rate
 from alignkit.objectives.preference import PreferenceObjective
 from alignkit.options import GenerationOptions, TextOptions
-from alignkit.protocols import PreferenceJudge, Reward, Wing
+from alignkit.protocols import PreferenceJudge, Reward
 from alignkit.sample_files import lengths
 from alignkit.statistics import mean, paired_difference, preference_rate, preferences
 
@@ -28,12 +28,12 @@ class Side:
 
     Attributes:
         name: of the model.
-        wing: that computes.
+        wing: that computes, or something else that answers.
         switched: a context in which the wing is this side: its adapter off, or nothing.
     """
 
     name: str
-    wing: Wing
+    wing: Samples
     switched: Callable[[], AbstractContextManager[None]] = nullcontext
 
     def sample(
@@ -44,7 +44,7 @@ class Side:
             if isinstance(self.wing, CountsTokens):
                 sampled = self.wing.sample_counted(prompts, options, seed=seed)
                 return list(sampled.answers), sampled
-            return self.wing.sample(prompts, options, seed=seed), None
+            return list(self.wing.sample(prompts, options, seed=seed)), None
 
 
 @dataclass
@@ -229,7 +229,7 @@ LENGTHS = {
 
 
 def _numbers_of(
-    objective: PreferenceObjective, wing: Wing, chosen: Sampled, rejected: Sampled, runtime: Any
+    objective: PreferenceObjective, wing: Any, chosen: Sampled, rejected: Sampled, runtime: Any
 ) -> Any:
     """Both models' numbers of answers as they were sampled, token by token."""
     rows = [

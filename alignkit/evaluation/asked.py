@@ -6,6 +6,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from alignkit.capabilities import Samples
 from alignkit.config import to_plain
 from alignkit.errors import ConfigError
 from alignkit.evaluation.prompt_files import read_prompts
@@ -18,6 +19,8 @@ from alignkit.trained import Source, source_of
 
 OFF = "off"
 """The opponent is the model without its adapter."""
+
+Opponent = Source | Samples | str | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,8 +67,8 @@ class Asked:
             f.name: to_plain(getattr(self, f.name)) for f in fields(self) if f.name not in left_out
         }
 
-    def opponent(self, source: Source) -> Source | str | None:
-        """Where the opponent lies, `OFF`, or None.
+    def opponent(self, source: Source) -> Opponent:
+        """Where the opponent lies, `OFF`, something that answers, or None.
 
         Raises:
             ConfigError: it is the model itself.
@@ -76,6 +79,8 @@ class Asked:
             return OFF if source.onto else source.start()
         if source.onto and str(self.against) == source.told.get("policy"):
             return OFF
+        if isinstance(self.against, Samples):
+            return self.against
         other = source_of(self.against)
         same = other.policy is source.policy or (
             isinstance(other.policy, str) and other.policy == source.policy
@@ -87,7 +92,7 @@ class Asked:
             )
         return other
 
-    def check(self, source: Source, opponent: Source | str | None) -> None:
+    def check(self, source: Source, opponent: Opponent) -> None:
         """Refuse what does not go together, before anything is loaded.
 
         Raises:
@@ -112,6 +117,12 @@ class Asked:
             )
         if opponent is None:
             self._check_alone(source)
+        scored = self.data is not None and (self.prompts is not None or not self.wants_answers)
+        if isinstance(opponent, Samples) and scored:
+            raise ConfigError(
+                f"{type(opponent).__name__} answers prompts and has no likelihoods, so held-out "
+                "pairs cannot be scored against it. Leave data out."
+            )
         image = source.modality == "image"
         if self.edit and not image:
             raise ConfigError("edit is for diffusion pipelines; this model answers in text.")

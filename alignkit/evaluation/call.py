@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from alignkit.capabilities import DrawsInStrata
+from alignkit.capabilities import DrawsInStrata, Samples
 from alignkit.criteria import criterion_of
 from alignkit.errors import ConfigError
 from alignkit.evaluation.answers import (
@@ -17,7 +17,7 @@ from alignkit.evaluation.answers import (
     reward_measures,
     text_measures,
 )
-from alignkit.evaluation.asked import OFF, Asked
+from alignkit.evaluation.asked import OFF, Asked, Opponent
 from alignkit.evaluation.edits import edit_strips
 from alignkit.evaluation.likelihoods import Measures, pair_measures, pair_numbers
 from alignkit.evaluation.page import Evaluation, refuse_other_files, write_evaluation
@@ -61,7 +61,8 @@ def evaluate(
     Main arguments:
         model: a run folder, a model folder, a hub name, `(model, tokenizer)` or a pipeline.
         against: the opponent, in the same forms; "auto" is what the run began with, or the model
-            without its adapter; "none" is nobody.
+            without its adapter; "none" is nobody; anything with `sample(prompts, options, *, seed)`
+            answers, such as `alignkit_diffusion.BaseAndRefiner`.
         data: held-out pairs, as `align` takes data: implicit accuracy, margins, drift; for images
             on a fixed bank of `data_options.eval_draws` timesteps and noises.
         prompts: a file (see `prompt_files.read_prompts`) or list of prompts that both sides answer
@@ -123,10 +124,15 @@ def evaluate(
 class _Evaluator:
     """Loads both sides, measures, and gives them back."""
 
-    def __init__(self, asked: Asked, source: Source, opponent: Source | str | None) -> None:
+    def __init__(self, asked: Asked, source: Source, opponent: Opponent) -> None:
         self.asked = asked
         self.source = source
         self.runtime = Runtime()
+        if self.runtime.size > 1:
+            raise ConfigError(
+                f"An evaluation runs in one process; got {self.runtime.size}. Start it without a "
+                "launcher."
+            )
         self.warnings: list[str] = []
         # Before a model is loaded: a name that leads nowhere should not take so long to refuse.
         device = str(self.runtime.device)
@@ -144,7 +150,7 @@ class _Evaluator:
             self._give_back()
             raise
 
-    def _side(self, opponent: Source | str | None, how: dict[str, Any]) -> Side | None:
+    def _side(self, opponent: Opponent, how: dict[str, Any]) -> Side | None:
         if opponent is None:
             return None
         wing = self.wings[0]
@@ -154,6 +160,8 @@ class _Evaluator:
             named = isinstance(told, str) and not told.startswith("<")
             name = str(told) if named else f"{self.source.name} without its adapter"
             return Side(name, wing, wing.adapters_off)
+        if isinstance(opponent, Samples):
+            return Side(type(opponent).__name__, opponent)
         self.wings.append(load(opponent, self.runtime, beside=wing, **how))
         self.wings[1].chat = wing.chat
         return Side(opponent.name, self.wings[1])
@@ -224,9 +232,9 @@ class _Evaluator:
 
     def _objective(self) -> PreferenceObjective | None:
         """What gives log-ratios of the model to the opponent."""
-        if self.opponent is None:
-            return None
         wing = self.wings[0]
+        if self.opponent is None or self.opponent.wing not in self.wings:
+            return None
         reference: Reference
         if len(self.wings) == 1:
             reference = SwitchedAdapter(wing.backend, wing.adapters_off)
@@ -258,9 +266,12 @@ class _Evaluator:
         wing, options = self.wings[0], self._options()
         chat = wing.chat
         examples = wing.examples(self.asked.data, options, kind="pairs", seed=self.asked.seed)
-        wing.chat = wing.chat or chat
-        found = pair_numbers(objective, examples, options.eval_draws, self.runtime)
         rows = read_rows(self.asked.data, columns=options.columns)
+        if "prompt_ids" in rows[0]:
+            wing.chat = chat  # rows of ids say nothing of how strings are asked
+        for other in self.wings[1:]:
+            other.chat = wing.chat
+        found = pair_numbers(objective, examples, options.eval_draws, self.runtime)
         prompts = [_prompt_key(rows[number]) for number in found.row_id.tolist()]
         backend = wing.backend
         scale = backend.error_scale if isinstance(backend, DrawsInStrata) else None

@@ -63,18 +63,19 @@ def edit_strips(
     masks = [_opened(row, "mask") or centre(one) for row, one in zip(rows, sources, strict=True)]
     found: dict[str, dict[str, list[list[Any]]]] = {"image to image": {}, "inpainting": {}}
     for side in (opponent, model):
-        if side is None:
+        if side is None or not isinstance(side.wing, EditsPictures):
             continue
-        wing: Any = side.wing
+        wing = side.wing
         with ExitStack() as stack:
             stack.enter_context(side.switched())
             for strength in strengths:
-                how = {"strength": strength, "seed": seed}
-                for way, given, call in (
-                    ("image to image", (prompts, sources), wing.edit),
-                    ("inpainting", (prompts, sources, masks), wing.inpaint),
-                ):
-                    found[way].setdefault(side.name, []).append(call(*given, options, **how))
+                how: dict[str, Any] = {"strength": strength, "seed": seed}
+                made = {
+                    "image to image": wing.edit(prompts, sources, options, **how),
+                    "inpainting": wing.inpaint(prompts, sources, masks, options, **how),
+                }
+                for way, pictures in made.items():
+                    found[way].setdefault(side.name, []).append(pictures)
     marked = [_marked(one, mask) for one, mask in zip(sources, masks, strict=True)]
     return [
         Strip(

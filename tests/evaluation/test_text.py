@@ -166,6 +166,24 @@ def test_alone_a_model_has_scores_only(folders: Any) -> None:
     assert len(alone.answers.after) == 1 and "win_rate" not in alone.measures
 
 
+class Parrot:
+    """An opponent that is no model: it repeats the prompt."""
+
+    def sample(self, prompts: Any, options: Any, *, seed: int) -> list[str]:
+        return [f"{prompt}!" for prompt in prompts]
+
+
+def test_whatever_answers_can_be_the_opponent(folders: Any) -> None:
+    given: dict[str, Any] = {"against": Parrot(), "prompts": PROMPTS[:2], "generation": SHORT}
+    found = evaluate(folders["base"], reward=lambda p, r, rows: [len(one) for one in r], **given)
+    assert found.answers.before == [f"{prompt}!" for prompt in PROMPTS[:2]]
+    assert found.against == "Parrot" and "kl" not in found.measures
+    assert found.measures["score"].before == np.mean([len(p) + 1 for p in PROMPTS[:2]])
+    assert found.measures["length/tokens_median"].before is None
+    with pytest.raises(ConfigError, match="Parrot answers prompts and has no likelihoods"):
+        evaluate(folders["base"], data=pair_rows(2), **given)
+
+
 def test_models_in_hand_come_back_as_they_were() -> None:
     model, tokenizer = tiny_lm("llama").train(), tiny_tokenizer()
     other = tiny_lm("llama", seed=1)
