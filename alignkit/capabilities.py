@@ -92,3 +92,14 @@ class EditsPictures(Protocol):
     ) -> list[Any]:
         """Each picture filled anew, under its prompt, where its mask is white."""
         ...
+
+
+def counted_samples(
+    wing: Samples, prompts: Sequence[Any], options: GenerationOptions, seed: int
+) -> tuple[list[Any], dict[str, list[Any]]]:
+    """Answers; and, where they have tokens, their numbers and whether the limit cut them."""
+    if not isinstance(wing, CountsTokens):
+        return list(wing.sample(prompts, options, seed=seed)), {}
+    found = wing.sample_counted(prompts, options, seed=seed)
+    tokens = [len(answer) for answer in found.answer_ids]
+    return list(found.answers), {"tokens": tokens, "cut": found.cut}

@@ -14,13 +14,14 @@ from alignkit import checkpoint
 from alignkit.average import Average
 from alignkit.batches import StepRecord
 from alignkit.best import BestSoFar
+from alignkit.capabilities import counted_samples
 from alignkit.config import RunConfig
 from alignkit.errors import CheckpointError
 from alignkit.outcome import write_outcome
 from alignkit.protocols import Wing
 from alignkit.result import AlignResult
 from alignkit.run_folder import RunFolder
-from alignkit.sample_files import counted_samples, lengths
+from alignkit.sample_files import lengths
 from alignkit.screen import Alarm, progress, shown, tell
 from alignkit.sources import RowSource
 from alignkit.trainer import Trainer

@@ -12,9 +12,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from alignkit.atomic import atomic_folder, atomic_write
-from alignkit.capabilities import CountsTokens
-from alignkit.options import GenerationOptions
-from alignkit.protocols import Wing
 from alignkit.records import broken, to_json
 
 if TYPE_CHECKING:
@@ -45,17 +42,6 @@ class Samples:
     def pictures(self) -> bool:
         """Whether the answers are pictures."""
         return bool(self.answers) and isinstance(self.answers[0], Path)
-
-
-def counted_samples(
-    wing: Wing, prompts: Sequence[Any], options: GenerationOptions, seed: int
-) -> tuple[list[Any], dict[str, list[Any]]]:
-    """Answers; and, where they have tokens, their numbers and whether the limit cut them."""
-    if not isinstance(wing, CountsTokens):
-        return wing.sample(prompts, options, seed=seed), {}
-    found = wing.sample_counted(prompts, options, seed=seed)
-    tokens = [len(answer) for answer in found.answer_ids]
-    return list(found.answers), {"tokens": tokens, "cut": found.cut}
 
 
 def lengths(tokens: Sequence[int], cut: Sequence[bool]) -> dict[str, float]:

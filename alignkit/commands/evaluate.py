@@ -7,43 +7,49 @@ from typing import Annotated
 
 import typer
 
+_Reward = Annotated[
+    str | None, typer.Option(metavar="NAME", help="MODULE:FUNCTION, or a scorer such as pickscore.")
+]
+_Judge = Annotated[str | None, typer.Option(metavar="MODULE:FUNCTION", help="Says P(a beats b).")]
+_Prompts = Annotated[
+    str | None, typer.Option(help="Prompts that both answer: txt, jsonl, json, csv, tsv.")
+]
+_Against = Annotated[
+    str, typer.Option(help="The opponent: a run, a model, 'auto' (what it began with) or 'none'.")
+]
+_Edit = Annotated[
+    str | None, typer.Option(metavar="STRENGTHS", help="Edit pictures, such as 0.3,0.6,0.9.")
+]
+_Sheet = Annotated[
+    Path | None, typer.Option(help="A new folder for a blind sheet that people fill.")
+]
+_Out = Annotated[
+    Path | None, typer.Option(help="The folder for the page, numbers, answers and pictures.")
+]
+_Generation = Annotated[
+    list[str] | None,
+    typer.Option("--generation", metavar="KEY=VALUE", help="Such as steps=20; repeatable."),
+]
+_DataOption = Annotated[
+    list[str] | None,
+    typer.Option("--data-option", metavar="KEY=VALUE", help="Such as eval_draws=8; repeatable."),
+]
+
 
 def evaluate(
     run_or_model: Annotated[str, typer.Argument(help="A run folder, model folder or hub name.")],
-    against: Annotated[
-        str,
-        typer.Option(help="The opponent: a run, a model, 'auto' (what it began with) or 'none'."),
-    ] = "auto",
+    against: _Against = "auto",
     data: Annotated[str | None, typer.Option(help="Held-out pairs: a file, folder or hub.")] = None,
-    prompts: Annotated[
-        str | None, typer.Option(help="Prompts that both answer: txt, jsonl, json, csv, tsv.")
-    ] = None,
+    prompts: _Prompts = None,
     prompt_column: Annotated[str | None, typer.Option(help="The column of the prompts.")] = None,
     num_prompts: Annotated[int | None, typer.Option(help="The first so many prompts only.")] = None,
-    reward: Annotated[
-        str | None,
-        typer.Option(metavar="NAME", help="MODULE:FUNCTION, or a scorer such as pickscore."),
-    ] = None,
-    judge: Annotated[
-        str | None, typer.Option(metavar="MODULE:FUNCTION", help="Says P(a beats b).")
-    ] = None,
-    edit: Annotated[
-        str | None, typer.Option(metavar="STRENGTHS", help="Edit pictures, such as 0.3,0.6,0.9.")
-    ] = None,
-    sheet: Annotated[
-        Path | None, typer.Option(help="A new folder for a blind sheet that people fill.")
-    ] = None,
-    out: Annotated[
-        Path | None, typer.Option(help="The folder for the page, numbers, answers and pictures.")
-    ] = None,
-    generation: Annotated[
-        list[str] | None,
-        typer.Option("--generation", metavar="KEY=VALUE", help="Such as steps=20; repeatable."),
-    ] = None,
-    data_option: Annotated[
-        list[str] | None,
-        typer.Option("--data-option", metavar="KEY=VALUE", help="Such as eval_draws=8."),
-    ] = None,
+    reward: _Reward = None,
+    judge: _Judge = None,
+    edit: _Edit = None,
+    sheet: _Sheet = None,
+    out: _Out = None,
+    generation: _Generation = None,
+    data_option: _DataOption = None,
     precision: Annotated[str, typer.Option(help="auto, fp32, bf16 or fp16.")] = "auto",
     seed: Annotated[int, typer.Option(help="The key of every random draw.")] = 0,
 ) -> None:

@@ -26,7 +26,7 @@ BUCKETS = ("t0-250", "t250-500", "t500-750", "t750-1000")
 def one_by_one(wing: Any, rows: list[dict[str, Any]], seed: int) -> dict[str, float]:
     """The metrics again, image by image, with draws made here from the documented key."""
     examples = wing.examples(rows, ImageOptions(), kind="pairs", seed=seed)
-    unet, schedule = wing.policy.unet, wing._family.schedule
+    unet, schedule = wing.policy.unet, wing.backend.family.schedule
     errors = np.zeros((len(rows), 4, 2, 2))  # row, draw, chosen or rejected, policy or reference
     for row in range(len(rows)):
         batch = examples.collate([row], [0])
@@ -45,7 +45,7 @@ def one_by_one(wing: Any, rows: list[dict[str, Any]], seed: int) -> dict[str, fl
                 noised = (abar.sqrt() * latents + (1 - abar).sqrt() * noise).float()
                 one = torch.zeros(1, dtype=torch.int64)
                 content = batch.content.select([0], [side])
-                conditioning = wing._family.conditioning(content, one, torch.device("cpu"))
+                conditioning = wing.backend.family.conditioning(content, one, torch.device("cpu"))
 
                 def error(noised=noised, t=t, noise=noise, conditioning=conditioning) -> float:
                     with torch.no_grad():
@@ -115,10 +115,11 @@ def test_strata_are_quarters_and_training_draws_have_none(rows: list[dict[str, A
     assert names == BUCKETS and place.tolist() == [0, 1, 2, 3] * 2
     drawn = wing.backend.draw(batch, (0, 0)).timesteps
     assert (drawn // 250).tolist() == place.tolist()
-    whole = torch.cat([wing.backend._timesteps(batch, (0, step)) for step in range(1, 60)])
+    drawn = [wing.backend.draw(batch, (0, step)).timesteps for step in range(1, 60)]
+    whole = torch.cat(drawn)
     quarters = torch.bincount(whole // 250, minlength=4) / len(whole)
     assert (quarters - 0.25).abs().max() < 0.08
-    first = torch.stack([wing.backend._timesteps(batch, (0, s)) for s in range(1, 60)])[:, 0]
+    first = torch.stack(drawn)[:, 0]
     assert len(set((first // 250).tolist())) == 4, "a position has no stratum of its own"
 
 
