@@ -188,7 +188,7 @@ def _sources(
         draws = 1 if training else options.eval_draws
         return RowSource(
             examples if draws == 1 else Repeated(examples, draws),
-            batch_size=config.trainer.batch_size,
+            batch_size=config.trainer.batch_size * draws,
             epochs=epochs,
             seed=config.seed,
             processes=runtime,

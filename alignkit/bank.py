@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from alignkit.batches import Batch
-from alignkit.protocols import Examples
+from alignkit.examples import Examples
 
 
 class Repeated:

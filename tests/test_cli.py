@@ -50,6 +50,18 @@ COMMANDS = {
     "cite": {"file_or_method"},
     "schema": set(),
     "cache": set(),
+    "label images": {"data", "--scorer", "--out", "--device", "--column"},
+    "label samples": {
+        "model",
+        "prompts",
+        "--scorer",
+        "--out",
+        "--per-prompt",
+        "--adapter",
+        "--seed",
+        "--generation",
+        "--column",
+    },
     "doctor data": {"file", "--tokenizer", "--out", "--kind", "--modality", "--options"},
 }
 

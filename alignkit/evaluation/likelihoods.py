@@ -11,10 +11,10 @@ import torch
 
 from alignkit.bank import Repeated
 from alignkit.capabilities import DrawsInStrata
+from alignkit.examples import Examples
 from alignkit.facts import EvaluationRow
 from alignkit.intervals import Floats
 from alignkit.objectives.preference import PreferenceObjective
-from alignkit.protocols import Examples
 from alignkit.sources import RowSource
 from alignkit.statistics import mean, preference_rate, preferences
 
