@@ -33,9 +33,9 @@ def main(given: Sequence[str] | None = None) -> int:
     options = command.read(__doc__, given, arguments, peer="none")
     doublings = min(2, options.doublings) if options.quick else options.doublings
     sizes = [2**power for power in range(doublings + 1)]
-    spec = command.specification(options, "chat", 1, sizes=sizes, batch=len(LENGTHS))
-    spec |= {"rows": str(rows_of_like_lengths(options.folder, sizes[-1]))}
-    spec |= {"max_length": 512}
+    rows = str(rows_of_like_lengths(options.folder, 2 * sizes[-1]))
+    spec = command.specification(options, "chat", 1, sizes=sizes)
+    spec |= {"batch": len(LENGTHS), "rows": rows, "max_length": 512}
     told = duel.compete([Contestant("alignkit", "ours", "growth", spec)], len(sizes), options)
     tokens = np.array(sizes) * TOKENS
     seconds = np.array([lap["cpu"] for lap in told["alignkit"].laps])
@@ -48,15 +48,16 @@ def main(given: Sequence[str] | None = None) -> int:
 
 def rows_of_like_lengths(folder: Path, copies: int) -> Path:
     """`copies` of two pairs in length, in the words of the chat-like rows."""
-    words = " ".join(json.loads(line)["prompt"] for line in (folder / "chat.jsonl").open()).split()
-    path, place, lines = folder / "growth.jsonl", 0, []
+    lines = (folder / "chat.jsonl").read_text().splitlines()
+    words = " ".join(json.loads(line)["prompt"] for line in lines).split()
+    path, place, made = folder / "growth.jsonl", 0, []
     for length in LENGTHS * copies:
         row = {}
         for name, num in zip(("prompt", "chosen", "rejected"), length, strict=True):
             row[name] = "".join(f" {words[(place + k) % len(words)]}" for k in range(num))
             place += num
-        lines.append(json.dumps(row) + "\n")
-    path.write_text("".join(lines))
+        made.append(json.dumps(row) + "\n")
+    path.write_text("".join(made))
     return path
 
 

@@ -1,8 +1,8 @@
 """Counting what makes the host wait for the device, on a machine without one, too.
 
-Every tensor that descends from the model's parameters counts as one on the device; so do tensors
-that are. The operators that read such a tensor's values are counted where they are dispatched, and
-its copies to the host where Python asks for them.
+Every tensor that descends from the model's parameters, or was sent to a device, counts as one
+there. The operators that read such a tensor's values are counted where they are dispatched, and its
+copies to the host where Python asks for them.
 """
 
 from __future__ import annotations
@@ -28,7 +28,16 @@ COPIES = ("tolist", "numpy", "cpu")
 
 
 def on_device(tensor: Tensor) -> bool:
-    return tensor.device.type != "cpu" or getattr(tensor, "from_parameters", False)
+    return tensor.device.type != "cpu" or getattr(tensor, "as_on_device", False)
+
+
+def mark(tensor: Tensor) -> Tensor:
+    tensor.as_on_device = True  # type: ignore[attr-defined]
+    if (
+        tensor._is_view() and tensor._base is not None
+    ):  # what was written into a part is in the whole
+        tensor._base.as_on_device = True  # type: ignore[attr-defined]
+    return tensor
 
 
 class Reads(TorchDispatchMode):
@@ -39,12 +48,14 @@ class Reads(TorchDispatchMode):
         self.found: Counter[str] = Counter()
         self._originals: dict[str, Any] = {}
         for parameter in model.parameters():
-            parameter.from_parameters = True  # type: ignore[attr-defined]
+            mark(parameter)
 
     def __enter__(self) -> Reads:
         for name in COPIES:
             self._originals[name] = getattr(Tensor, name)
             setattr(Tensor, name, self._counted(name, self._originals[name]))
+        self._originals["to"] = Tensor.to
+        Tensor.to = self._sent(Tensor.to)  # type: ignore[method-assign, assignment]
         super().__enter__()
         return self
 
@@ -60,6 +71,21 @@ class Reads(TorchDispatchMode):
 
         return counting
 
+    @staticmethod
+    def _sent(original: Any) -> Any:
+        """`Tensor.to` with a device: a new tensor there, also where host and device are one."""
+
+        def sending(tensor: Tensor, *given: Any, **named: Any) -> Any:
+            out = original(tensor, *given, **named)
+            somewhere = [*given, *named.values()]
+            if not any(isinstance(one, (str, torch.device)) for one in somewhere):
+                return out
+            out = aten.alias(out) if out is tensor else out
+            out.as_on_device = True
+            return out
+
+        return sending
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
         if any(on_device(t) for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)):
@@ -67,7 +93,7 @@ class Reads(TorchDispatchMode):
             self.found[str(func)] += waits
             for made in tree_leaves(out):
                 if isinstance(made, Tensor):
-                    made.from_parameters = True  # type: ignore[attr-defined]
+                    mark(made)
         return out
 
 
