@@ -47,8 +47,7 @@ class TrainerOptions:
         batch_size: examples (pairs, groups) one optimizer step sees in total, over all processes
             and accumulation. Batches run on across epochs; no row is dropped.
         micro_batch: examples per forward, or "auto" by a token or pixel budget.
-        shuffle: a new order of the rows in every epoch, from the seed; False keeps the data's order
-            (curricula, comparisons).
+        shuffle: rows in a new order every epoch, from the seed; False keeps the data's order.
         learning_rate: None takes the default of the method and wing, which is printed.
         warmup: a share of all steps (float below 1) or a number of steps (int).
         precision: "auto" is bf16 on GPUs that have it and fp32 elsewhere. What is trained always
