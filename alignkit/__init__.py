@@ -32,6 +32,7 @@ from alignkit.options import (
 )
 from alignkit.reference_options import (
     AdapterReference,
+    CachedReference,
     EMAReference,
     NoiseBank,
     PrecomputedReference,
@@ -39,6 +40,7 @@ from alignkit.reference_options import (
 )
 
 if TYPE_CHECKING:
+    from alignkit.ahead import cache_reference
     from alignkit.api import AlignResult, Run, align, build
     from alignkit.cite import citations
     from alignkit.evaluation import Evaluation, SheetResult, evaluate, fill_sheet, read_sheets
@@ -56,6 +58,7 @@ __all__ = [
     "AdapterReference",
     "AlignResult",
     "AlignkitError",
+    "CachedReference",
     "CheckpointError",
     "ConfigError",
     "DataError",
@@ -78,6 +81,7 @@ __all__ = [
     "align",
     "align_rounds",
     "build",
+    "cache_reference",
     "citations",
     "evaluate",
     "fill_sheet",
@@ -105,6 +109,7 @@ _LAZY = {
     "align": "alignkit.api",
     "align_rounds": "alignkit.rounds",
     "build": "alignkit.api",
+    "cache_reference": "alignkit.ahead",
     "citations": "alignkit.cite",
     "precompute_reference": "alignkit.precompute",
     "sample_preferences": "alignkit.labeller",

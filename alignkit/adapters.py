@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from alignkit.errors import ConfigError, refuse_unknown
 from alignkit.options import LoRA
@@ -45,6 +45,46 @@ def adapter_layers(module: nn.Module) -> list[Any]:
 
     kinds = (BaseTunerLayer, AuxiliaryTrainingWrapper)
     return [layer for layer in module.modules() if isinstance(layer, kinds)]
+
+
+def adapter_tensors(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, dict[str, Tensor]]]:
+    """The tensors of `model` without adapters, and those of each adapter by its name.
+
+    Named as in a model that never had one, so that names tell nothing of peft's wrappers; an
+    adapter's without its own name.
+    """
+    of_adapters: set[int] = set()
+    for layer in adapter_layers(model):
+        kept = layer.get_base_layer() if hasattr(layer, "get_base_layer") else layer.original_module
+        own = {id(tensor) for tensor in (*layer.parameters(), *layer.buffers())}
+        of_adapters |= own - {id(tensor) for tensor in (*kept.parameters(), *kept.buffers())}
+    names = list(getattr(model, "peft_config", None) or {})
+    base: dict[str, Tensor] = {}
+    adapters: dict[str, dict[str, Tensor]] = {name: {} for name in names}
+    for name, tensor in saved_tensors(model).items():
+        bare = name.removeprefix("base_model.model.")
+        bare = bare.replace(".base_layer.", ".").replace(".original_module.", ".")
+        if id(tensor) not in of_adapters:
+            base[bare] = tensor
+            continue
+        whose = next(one for one in names if f".{one}." in f"{bare}.")
+        adapters[whose][f"{bare}.".replace(f".{whose}.", ".", 1)] = tensor
+    return base, adapters
+
+
+def saved_tensors(module: nn.Module) -> dict[str, Tensor]:
+    """Parameters and persistent buffers, tied ones once; of 4-bit weights their scales, too."""
+    found: dict[str, Tensor] = dict(module.named_parameters())
+    for name, parameter in module.named_parameters():
+        quantised = getattr(parameter, "quant_state", None)
+        if quantised is not None:
+            parts = quantised.as_dict(packed=True)
+            found |= {f"{name}.{part}": value for part, value in parts.items()}
+    for prefix, owner in module.named_modules():
+        for name, buffer in owner._buffers.items():
+            if buffer is not None and name not in owner._non_persistent_buffers_set:
+                found[f"{prefix}.{name}" if prefix else name] = buffer
+    return found
 
 
 def refuse_contradiction(config: Any, adapter: LoRA) -> None:

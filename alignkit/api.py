@@ -59,7 +59,8 @@ def align(
         eval_data: held-out rows, or a dict of named sets.
         reference: "auto" (fresh adapter: that adapter off; continued adapter: a copy of its start;
             otherwise a frozen copy), "frozen", "adapter_off", "none", an `AdapterReference`,
-            `EMAReference`, `SyncedReference` or `PrecomputedReference`, or another model.
+            `CachedReference`, `EMAReference`, `SyncedReference` or `PrecomputedReference`, or
+            another model.
         reward, judge: for online methods.
         adapter: `LoRA(...)`; None trains all weights.
         data_options: `TextOptions` or `ImageOptions`.
@@ -112,17 +113,24 @@ def build(
             break
     result = run.finish()
     """
+    return assemble(config_of(policy, method, data, **arguments))
+
+
+def config_of(
+    policy: Any, method: Method | None = None, data: Any = None, **arguments: Any
+) -> RunConfig:
+    """The arguments of `align` as one value."""
     known = [name for name in hints(RunConfig) if name not in ("policy", "method", "data")]
     refuse_unknown_keys("", arguments, known)
     given = {key: value for key, value in arguments.items() if value is not None}
     if method is None and data is None and str(policy).endswith((".yaml", ".yml")):
         _refuse_beside_file(given)
-        return assemble(from_file(policy))
+        return from_file(policy)
     if method is None:
         raise ConfigError(
             "align() must be told what to do; give a method, such as align(policy, DPO(), data)."
         )
-    return assemble(RunConfig(policy, method, data, **given))
+    return RunConfig(policy, method, data, **given)
 
 
 def _refuse_beside_file(given: Mapping[str, Any]) -> None:

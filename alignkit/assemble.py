@@ -9,6 +9,7 @@ from typing import Any
 
 from alignkit import checkpoint
 from alignkit.bank import Repeated
+from alignkit.cached import expect
 from alignkit.checks.rows import check_labels
 from alignkit.config import RunConfig, changed_keys, check, resolve_data_options, to_mapping
 from alignkit.criteria import describe
@@ -98,7 +99,8 @@ def _assemble_around(
     fingerprint = checkpoint.fingerprint(wing.backend.module)
     objective, resolved = build_objective(config, wing, runtime)
     options = resolve_data_options(config, wing.modality, wing.default_options)
-    source, eval_sources = _sources(config, wing, options, objective, runtime)
+    source, eval_sources = sources_of(config, wing, options, objective, runtime)
+    expect(config, objective, source, eval_sources)
     trainer = Trainer(
         objective, source, config.trainer, runtime=runtime, learning_rate=resolved["learning_rate"]
     )
@@ -175,7 +177,7 @@ def _decide(config: RunConfig, folder: RunFolder) -> str | None:
     return None if found is None else str(found)
 
 
-def _sources(
+def sources_of(
     config: RunConfig, wing: Wing, options: Any, objective: PreferenceObjective, runtime: Runtime
 ) -> tuple[RowSource, dict[str, RowSource]]:
     """The rows to train on, and the held-out sets by name."""

@@ -52,8 +52,8 @@ class RunConfig:
         data: a file (jsonl, json, csv, parquet), a folder or a hub name; in Python also rows.
         eval_data: like data, or a mapping from set names to such.
         reference: "auto", "frozen", "adapter_off", "none", a path or hub name, or a mapping with
-            `kind` (adapter, ema, synced, precomputed) and its options. Auto: a fresh adapter is
-            switched off; an adapter that is continued, or a fully trained model, is copied.
+            `kind` (adapter, cached, ema, synced, precomputed) and its options. Auto: a fresh
+            adapter is switched off; one that is continued, or a fully trained model, is copied.
         reward: scores answers, for online methods.
         judge: compares two answers, for online methods.
         adapter: the low-rank adapter to train; without one all weights are trained.
@@ -265,7 +265,14 @@ def changed_keys(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     return [path for path in _differences(old, new, "") if path not in _NOT_COMPARED]
 
 
-_NOT_COMPARED = {*WRITTEN_BY_RUNS, "run_dir", "resume", "trainer.trackers", "trainer.push_to_hub"}
+_NOT_COMPARED = {
+    *WRITTEN_BY_RUNS,
+    "run_dir",
+    "resume",
+    "reference.folder",
+    "trainer.trackers",
+    "trainer.push_to_hub",
+}
 
 
 def _differences(old: Any, new: Any, path: str) -> Iterator[str]:

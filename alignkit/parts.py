@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from alignkit.cached import cached_reference
 from alignkit.config import RunConfig
 from alignkit.criteria import criterion_of, modifiers_of
 from alignkit.errors import ConfigError
@@ -18,6 +19,8 @@ from alignkit.objectives.preference import PreferenceObjective
 from alignkit.places import is_missing
 from alignkit.protocols import Wing
 from alignkit.reference import FrozenModel
+from alignkit.reference_cache import StoredReference
+from alignkit.reference_options import CachedReference
 from alignkit.references import OtherModel, build_reference
 from alignkit.runtime import Runtime, pick_precision
 
@@ -184,11 +187,16 @@ def build_objective(
     """The objective, and the numbers that were filled in."""
     criterion = criterion_of(config.method, wing.modality)
     other_model = _other_model(config, wing, runtime)
-    kind, reference = build_reference(config, wing, criterion.loss.needs_reference, other_model)
+    if isinstance(config.reference, CachedReference):
+        kind, reference = cached_reference(config.reference, config, wing, other_model)
+    else:
+        needed = criterion.loss.needs_reference
+        kind, reference = build_reference(config, wing, needed, other_model)
     if config.trainer.compile:
         _compile(wing.backend.module)
-        if isinstance(reference, FrozenModel):
-            _compile(reference.module)
+        held = reference.live if isinstance(reference, StoredReference) else reference
+        if isinstance(held, FrozenModel):
+            _compile(held.module)
     objective = PreferenceObjective(
         wing.backend,
         reference,

@@ -87,6 +87,43 @@ class PrecomputedReference:
 
 
 @dataclass(frozen=True)
+class CachedReference:
+    """A reference whose log-likelihoods are kept on disk and shared by all runs. Text only.
+
+    A number is found again by the token ids (where the answer begins, which tokens count), the
+    bytes of the reference's weights and the dtype of its arithmetic, and by nothing else: learning
+    rate, beta, loss, batches and paths play no part.
+
+    Attributes:
+        of: the reference, as without a cache: "auto", "frozen", "adapter_off", an
+            `AdapterReference`, or another model.
+        folder: where the numbers are; None is the user's cache folder (`ALIGNKIT_CACHE`).
+        ahead: compute what is missing in one pass before training, and hold no reference while
+            training. False: compute it when it is first needed, with the policy's own
+            micro-batches, so that equal weights give equal bits; the reference stays in memory.
+    """
+
+    kind: ClassVar[str] = "cached"
+    of: Any = "auto"
+    folder: str | Path | None = None
+    ahead: bool = True
+
+    def __post_init__(self) -> None:
+        moving = (EMAReference, SyncedReference)
+        if isinstance(self.of, (*moving, PrecomputedReference, CachedReference, NoiseBank)):
+            why = "moves with the policy" if isinstance(self.of, moving) else "has its numbers"
+            raise ConfigError(
+                f"reference.of={self.of!r} cannot be cached: it {why}. Give it as the reference "
+                "itself."
+            )
+        if self.of is None or self.of == "none":
+            raise ConfigError(
+                f"reference.of is the reference whose numbers are kept; got {self.of!r}. Write "
+                'CachedReference(), or reference="none".'
+            )
+
+
+@dataclass(frozen=True)
 class NoiseBank:
     """A reference evaluated once, before training, on a fixed bank of draws. Images only.
 
@@ -107,7 +144,7 @@ class NoiseBank:
 
     def __post_init__(self) -> None:
         positive("reference", draws=self.draws)
-        others = (EMAReference, SyncedReference, PrecomputedReference, NoiseBank)
+        others = (EMAReference, SyncedReference, PrecomputedReference, CachedReference, NoiseBank)
         if isinstance(self.of, others) or self.of in (None, "none"):
             raise ConfigError(
                 "reference.of is what a noise bank is filled from, a reference that stands still; "
@@ -117,7 +154,12 @@ class NoiseBank:
 
 
 ReferenceOption = (
-    AdapterReference | EMAReference | SyncedReference | PrecomputedReference | NoiseBank
+    AdapterReference
+    | EMAReference
+    | SyncedReference
+    | PrecomputedReference
+    | CachedReference
+    | NoiseBank
 )
 
 REFERENCE_KINDS: Mapping[str, type[ReferenceOption]] = MappingProxyType(
@@ -128,6 +170,7 @@ REFERENCE_KINDS: Mapping[str, type[ReferenceOption]] = MappingProxyType(
             EMAReference,
             SyncedReference,
             PrecomputedReference,
+            CachedReference,
             NoiseBank,
         )
     }

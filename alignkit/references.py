@@ -22,6 +22,7 @@ from alignkit.reference_bank import BankedReference
 from alignkit.reference_options import (
     REFERENCE_KINDS,
     AdapterReference,
+    CachedReference,
     EMAReference,
     NoiseBank,
     PrecomputedReference,
@@ -59,8 +60,9 @@ def is_model(reference: Any) -> bool:
 
 
 def model_of(reference: Any) -> Any:
-    """The other model that a reference is, or is filled from; None if there is none."""
-    inner = reference.of if isinstance(reference, NoiseBank) else reference
+    """The other model that a reference is, or has its numbers from; None if there is none."""
+    kept = isinstance(reference, (CachedReference, NoiseBank))
+    inner = reference.of if kept else reference
     return inner if is_model(inner) else None
 
 
@@ -68,6 +70,24 @@ _NAMED = ("auto", "frozen", "adapter_off", "none")
 
 
 def _named(wanted: str, config: RunConfig, wing: Wing) -> tuple[str, Reference]:
+    kind = kind_of(wanted, config, wing)
+    return kind, NAMED[kind](wing)
+
+
+NAMED: Mapping[str, Callable[[Wing], Reference]] = {
+    "adapter_off": lambda wing: SwitchedAdapter(wing.backend, wing.adapters_off),
+    "frozen_adapter": lambda wing: FrozenAdapter(wing.backend),
+    "frozen": lambda wing: FrozenModel.copy_of(wing.backend.module),
+}
+"""Kind -> what makes such a reference of a wing."""
+
+
+def kind_of(wanted: str, config: RunConfig, wing: Wing) -> str:
+    """Which of `NAMED` the reference is.
+
+    Raises:
+        ConfigError: for an adapter that is to be off where there is none.
+    """
     assert wanted != "none", "refused before anything was loaded"
     if wanted == "adapter_off" and wing.adapter == "none":
         raise ConfigError(
@@ -78,14 +98,15 @@ def _named(wanted: str, config: RunConfig, wing: Wing) -> tuple[str, Reference]:
     exact = config.adapter is None or config.adapter.kind != "dora"
     fresh = wing.adapter == "fresh"
     if wanted == "adapter_off" or (wanted == "auto" and fresh and exact):
-        return "adapter_off", SwitchedAdapter(wing.backend, wing.adapters_off)
+        return "adapter_off"
     if wing.adapter == "continued" or (wanted == "auto" and fresh):
         # The adapter as it stands is the start: only its own tensors need a copy.
-        return "frozen_adapter", FrozenAdapter(wing.backend)
-    return "frozen", FrozenModel.copy_of(wing.backend.module)
+        return "frozen_adapter"
+    return "frozen"
 
 
-def _adapter(option: AdapterReference, wing: Wing) -> tuple[str, Reference]:
+def adapter_reference(option: AdapterReference, wing: Wing) -> tuple[str, Reference]:
+    """The policy with another of its adapters on."""
     if option.name in wing.trained_adapters():
         raise ConfigError(
             f"reference=AdapterReference({option.name!r}) names the adapter that is trained: it "
@@ -127,7 +148,7 @@ def _banked(
 
 
 _MAKERS: Mapping[type, Callable[[Any, Wing], tuple[str, Reference]]] = {
-    AdapterReference: _adapter,
+    AdapterReference: adapter_reference,
     EMAReference: _ema,
     SyncedReference: _synced,
     PrecomputedReference: _precomputed,

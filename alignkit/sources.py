@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -88,6 +90,19 @@ class RowSource:
         assert self.total_rows is not None, "an endless source has no end to evaluate to"
         for begin in range(0, self.total_rows, self.batch_size):
             yield self._share(range(begin, min(begin + self.batch_size, self.total_rows)))
+
+    def preview(self, steps: int) -> Iterator[Batch]:
+        """What the first `steps` batches hold between them, over all processes, without moving on.
+
+        A row that comes again in a later epoch is left out, unless it meets another answer there.
+        """
+        alone = copy.copy(self)
+        alone.processes = SimpleNamespace(rank=0, size=1)
+        total = min(steps * self.batch_size, self.total_rows or steps * self.batch_size)
+        if not self.mismatched:
+            total = min(total, self.num_rows)
+        for begin in range(0, total, self.batch_size):
+            yield alone._share(range(begin, min(begin + self.batch_size, total)))
 
     def _share(self, places: range) -> Batch:
         rank, size, num = self.processes.rank, self.processes.size, len(places)

@@ -49,7 +49,7 @@ COMMANDS = {
     "losses": {"--markdown"},
     "cite": {"file_or_method"},
     "schema": set(),
-    "cache": set(),
+    "cache reference": {"config_or_model", "rest", "--folder"},
     "label images": {"data", "--scorer", "--out", "--device", "--column"},
     "label samples": {
         "model",

@@ -11,6 +11,7 @@ from alignkit.errors import ConfigError, refuse_unknown
 from alignkit.reference_options import (
     REFERENCE_KINDS,
     AdapterReference,
+    CachedReference,
     NoiseBank,
     PrecomputedReference,
 )
@@ -35,6 +36,14 @@ def check_reference(config: RunConfig, modality: str | None) -> None:
         validate(reference, "reference")
     if isinstance(reference, NoiseBank):
         _check_bank(config, modality)
+        return check_reference(replace(config, reference=reference.of), modality)
+    if isinstance(reference, CachedReference):
+        if modality == "image":
+            raise ConfigError(
+                "A cached reference is for text policies: an image's likelihood is an estimate on "
+                "a draw of timestep and noise that each step makes anew. Write "
+                f"reference={reference.of!r}."
+            )
         return check_reference(replace(config, reference=reference.of), modality)
     if isinstance(reference, str) and "/" not in reference and not Path(reference).exists():
         meant = difflib.get_close_matches(reference, REFERENCES, n=1, cutoff=0.7)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -66,3 +67,59 @@ class TextContent:
         if self.scored is None:
             return np.arange(len(self.completions[answer]))
         return np.flatnonzero(self.scored[answer])
+
+    def scored_lengths(self) -> list[int]:
+        """Tokens of each answer that count."""
+        if self.scored is None:
+            return [len(completion) for completion in self.completions]
+        return [int(scored.sum()) for scored in self.scored]
+
+    def keys(self, group: Sequence[int], what: str) -> list[bytes]:
+        """For each answer 16 bytes that stand for everything that one of its numbers depends on,
+        apart from the model: the ids, where the answer begins, and which tokens count.
+
+        Args:
+            group: (N,) the group of each answer.
+            what: "total", or "public", for which the shortest answer of the group counts too.
+        """
+        assert what in ("total", "public"), what
+        shortest: dict[int, int] = {}
+        for g, length in zip(group, self.scored_lengths(), strict=True):
+            shortest[g] = min(shortest.get(g, length), length)
+        found = []
+        for answer, completion in enumerate(self.completions):
+            prompt = self.prompts[self.owner[answer]]
+            sizes = np.array([len(prompt), len(completion)], dtype=np.int64)
+            digest = hashlib.blake2b(sizes.tobytes(), digest_size=16)
+            digest.update(prompt.astype(np.int32).tobytes())
+            digest.update(completion.astype(np.int32).tobytes())
+            if self.scored is not None and not self.scored[answer].all():
+                digest.update(b"scored" + np.packbits(self.scored[answer]).tobytes())
+            if what == "public":
+                digest.update(f"public {shortest[group[answer]]}".encode())
+            found.append(digest.digest())
+        return found
+
+    @classmethod
+    def joined(cls, parts: Sequence[TextContent]) -> TextContent:
+        """Several contents as one, in their order."""
+        starts = np.cumsum([0, *(len(part.prompts) for part in parts)]).tolist()
+        scored = None
+        if any(part.scored is not None for part in parts):
+            scored = tuple(mask for part in parts for mask in part.masks())
+        return cls(
+            prompts=tuple(prompt for part in parts for prompt in part.prompts),
+            completions=tuple(answer for part in parts for answer in part.completions),
+            owner=tuple(
+                start + owner
+                for start, part in zip(starts, parts, strict=False)
+                for owner in part.owner
+            ),
+            scored=scored,
+        )
+
+    def masks(self) -> tuple[np.ndarray, ...]:
+        """`scored`, also where all tokens count."""
+        if self.scored is not None:
+            return self.scored
+        return tuple(np.ones(len(completion), dtype=bool) for completion in self.completions)
