@@ -20,7 +20,7 @@ from alignkit.errors import (
     DataError,
     NonFiniteError,
 )
-from alignkit.methods import DPO, KTO, methods
+from alignkit.methods import DPO, KTO, SFT, methods
 from alignkit.options import (
     EarlyStop,
     GenerationOptions,
@@ -55,6 +55,7 @@ __version__ = "0.1.0"
 __all__ = [
     "DPO",
     "KTO",
+    "SFT",
     "AdapterReference",
     "AlignResult",
     "AlignkitError",

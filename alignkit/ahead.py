@@ -70,7 +70,7 @@ def compute_ahead(config: RunConfig) -> CachedPass:
         objective.prepare(runtime)
     finally:
         wing.undo()
-    reference = objective.reference
+    reference = getattr(objective, "reference", None)
     assert isinstance(reference, StoredReference)
     return CachedPass(reference.store.folder, len(reference.table), reference.computed)
 

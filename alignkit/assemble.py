@@ -14,9 +14,8 @@ from alignkit.checks.rows import check_labels
 from alignkit.config import RunConfig, changed_keys, check, resolve_data_options, to_mapping
 from alignkit.criteria import describe
 from alignkit.errors import CheckpointError, ConfigError
-from alignkit.objectives.preference import PreferenceObjective
 from alignkit.options import LoRA
-from alignkit.parts import build_objective, build_wing, modality_of
+from alignkit.parts import Built, build_objective, build_wing, modality_of
 from alignkit.places import is_missing
 from alignkit.protocols import Wing
 from alignkit.reference_bank import BankedReference
@@ -126,8 +125,9 @@ def _assemble_around(
         runtime.accelerator.init_trackers("alignkit", config={"run": str(to_mapping(config))})
     if start is not None:
         run.resume(Path(start))
-    if isinstance(objective.reference, BankedReference):
-        objective.reference.fill(source.examples)
+    reference = getattr(objective, "reference", None)
+    if isinstance(reference, BankedReference):
+        reference.fill(source.examples)
     if runtime.is_main:
         tell(_banner(config, resolved))
     return run
@@ -178,15 +178,14 @@ def _decide(config: RunConfig, folder: RunFolder) -> str | None:
 
 
 def sources_of(
-    config: RunConfig, wing: Wing, options: Any, objective: PreferenceObjective, runtime: Runtime
+    config: RunConfig, wing: Wing, options: Any, objective: Built, runtime: Runtime
 ) -> tuple[RowSource, dict[str, RowSource]]:
     """The rows to train on, and the held-out sets by name."""
 
     def source(data: Any, epochs: float | None, *, training: bool) -> RowSource:
-        rows = objective.criterion.kind.rows
         data, read = (data, options) if training else _evaluated(config, data, options)
-        examples = wing.examples(data, read, kind=rows, seed=config.seed)
-        check_labels(objective.criterion, examples.labels)
+        examples = wing.examples(data, read, seed=config.seed, **objective.reads)
+        check_labels(objective.loss, examples.labels)
         draws = 1 if training else options.eval_draws
         return RowSource(
             examples if draws == 1 else Repeated(examples, draws),
@@ -195,7 +194,7 @@ def sources_of(
             seed=config.seed,
             processes=runtime,
             shuffle=training and config.trainer.shuffle,
-            mismatched="kl" in objective.criterion.loss.needs,
+            mismatched=objective.mismatched,
         )
 
     training = source(config.data, config.trainer.epochs, training=True)
@@ -250,9 +249,8 @@ def _facts(
 
 def _banner(config: RunConfig, resolved: Mapping[str, Any]) -> str:
     """The numbers that decide a run, filled-in defaults included, in one line."""
-    shown = {
-        key: resolved[key] for key in ("modality", "beta", "learning_rate", "reference", "steps")
-    }
+    names = ("modality", "beta", "learning_rate", "reference", "steps")
+    shown = {key: resolved[key] for key in names if key in resolved}
     listed = ", ".join(f"{key} {value}" for key, value in shown.items())
     return f"{config.method!r}: {listed}, batch {config.trainer.batch_size}"
 

@@ -27,6 +27,10 @@ class Content(Protocol):
         """Groups of one: the prompt of `groups[i]` with the answer `answers[i]`, whosever it is."""
         ...
 
+    def scored_lengths(self) -> list[int]:
+        """What `Likelihood.length` will be of each answer, known without a model."""
+        ...
+
 
 @dataclass(frozen=True)
 class Batch:
@@ -145,9 +149,10 @@ class Likelihood:
         extras: further tensors that an objective asked for, by name. Both wings: none in common.
             Text: "token_logps", "token_mask"; "public", (N,) log-likelihood of the first k tokens
             of each answer, k the length of the shortest answer of its group; "alignment", (N,) mean
-            over an answer's tokens of ln p(token) - ln sum_v p(v)^2, detached. Images: "error",
-            "timestep"; "overlap", (N,) mean over elements of an image's residual times that of the
-            best-ranked image of its group, detached.
+            over an answer's tokens of ln p(token) - ln sum_v p(v)^2, detached; "correct", (N,) how
+            many of its scored tokens are the likeliest at their place. Images: "error", "timestep";
+            "overlap", (N,) mean over elements of an image's residual times that of the best-ranked
+            image of its group, detached.
     """
 
     total: Tensor

@@ -15,6 +15,7 @@ from alignkit.errors import refuse_unknown
 _METHODS = {
     "dpo": {"text": ("2305.18290",), "image": ("2305.18290", "2311.12908", "2307.01952")},
     "kto": {"text": ("2402.01306",), "image": ("2402.01306", "2404.04465", "2307.01952")},
+    "sft": {"text": ("2203.02155",), "image": ("2203.02155", "2112.10752", "2307.01952")},
 }
 _OPTIONS = {
     "mixture": "2411.10442",
@@ -24,6 +25,7 @@ _OPTIONS = {
     "anchor": "2404.19733",
     "safeguard": "2511.03317",
     "min_snr": "2303.09556",
+    "neftune_alpha": "2310.05914",
     "synced": "2404.09656",
 }
 _ADAPTERS = {
@@ -67,10 +69,11 @@ def citations(
     refuse_unknown("modality", modality, _METHODS[method_name])
     numbers = [*_METHODS[method_name][modality]]
     for name in [loss_name] if isinstance(loss_name, str) else loss_name or ():
-        from alignkit.losses import LOSSES
+        from alignkit.losses import LOSSES, SUPERVISED_LOSSES
 
-        refuse_unknown("loss", name, LOSSES)
-        numbers += arxiv_numbers(LOSSES[name].paper)
+        known = {**LOSSES, **SUPERVISED_LOSSES}
+        refuse_unknown("loss", name, known)
+        numbers += arxiv_numbers(known[name].paper)
     numbers += [_OPTIONS[option] for option in options]
     if adapter is not None:
         refuse_unknown("adapter kind", adapter, _ADAPTERS)

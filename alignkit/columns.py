@@ -14,8 +14,10 @@ from alignkit.errors import DataError, nearest, refuse_unknown
 
 log = logging.getLogger("alignkit")
 
-KINDS = ("pairs", "groups", "unpaired")
-"""Preferences as a pair, as a ranking of K answers, as single answers with a label."""
+KINDS = ("pairs", "groups", "unpaired", "supervised")
+"""Preferences as a pair, as a ranking of K answers, as single answers with a label; and
+demonstrations, which are answers to learn.
+"""
 
 SAME = {"pairs": "chosen and rejected are the same", "groups": "all answers are the same"}
 """Why a row without two different answers is left out."""

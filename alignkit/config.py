@@ -213,7 +213,7 @@ def to_mapping(config: RunConfig) -> dict[str, Any]:
     """
     mapping = {f.name: to_plain(getattr(config, f.name)) for f in fields(config)}
     method = {f.name: to_plain(getattr(config.method, f.name)) for f in fields(config.method)}
-    keywords = method.pop("keywords")
+    keywords = method.pop("keywords", {})
     mapping["method"] = {"name": config.method.name, **method, **keywords}
     return mapping
 

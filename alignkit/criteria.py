@@ -9,12 +9,14 @@ from alignkit.errors import ConfigError, refuse_unknown
 from alignkit.losses import (
     GROUP_LOSSES,
     PREFERENCE_LOSSES,
+    SUPERVISED_LOSSES,
     UNPAIRED_LOSSES,
     Loss,
+    SupervisedLoss,
     UnpairedLoss,
     weighted_sum,
 )
-from alignkit.methods import DPO, KTO, Method, modifiers
+from alignkit.methods import DPO, KTO, SFT, Method, Preference, modifiers
 from alignkit.objectives.criterion import Criterion, OwnLoss
 from alignkit.objectives.kinds import PAIRS, UNPAIRED
 from alignkit.objectives.modifiers import Modifiers
@@ -22,19 +24,20 @@ from alignkit.reference_options import SyncedReference
 
 NATS = "per nat of the ELBO's log-ratio, estimated at one timestep and noise"
 
-TABLES_OF: Mapping[type, tuple[Mapping[str, Loss], ...]] = {
+TABLES_OF: Mapping[type, tuple[Mapping[str, Loss] | Mapping[str, SupervisedLoss], ...]] = {
     DPO: (PREFERENCE_LOSSES, GROUP_LOSSES),
     KTO: (UNPAIRED_LOSSES,),
+    SFT: (SUPERVISED_LOSSES,),
 }
 """Method -> the tables whose losses it may name."""
 
 
-def losses_named_by(method: type) -> dict[str, Loss]:
+def losses_named_by(method: type) -> dict[str, Loss | SupervisedLoss]:
     """Name -> loss, of all that a method may name."""
     return {name: row for table in TABLES_OF[method] for name, row in table.items()}
 
 
-def criterion_of(method: Method, modality: str) -> Criterion:
+def criterion_of(method: Preference, modality: str) -> Criterion:
     """The loss of a method on a wing, with its beta.
 
     Raises:
@@ -53,8 +56,8 @@ def criterion_of(method: Method, modality: str) -> Criterion:
     return Criterion(loss, beta_of(loss, method, modality), given, *divergence)
 
 
-def loss_of(method: Method) -> Loss | OwnLoss:
-    """The loss that a method names, adds up, or brings along."""
+def loss_of(method: Preference) -> Loss | OwnLoss:
+    """The loss that a preference method names, adds up, or brings along."""
     loss = method.loss
     if isinstance(loss, Loss):
         return loss
@@ -64,7 +67,7 @@ def loss_of(method: Method) -> Loss | OwnLoss:
     for name in names:
         _refuse_loss(name, method)
     # One table's losses are added up: those of the first name.
-    table = next(t for t in TABLES_OF[type(method)] if names[0] in t)
+    table: Any = next(t for t in TABLES_OF[type(method)] if names[0] in t)
     if others := [name for name in names if name not in table]:
         raise ConfigError(
             f"Losses that are added up take the same kind of rows, and {others[0]!r} takes others "
@@ -84,7 +87,14 @@ def _refuse_loss(name: str, method: Method) -> None:
     refuse_unknown("loss", name, known)
 
 
-def beta_of(loss: Loss | OwnLoss, method: Method, modality: str) -> float:
+def supervised_loss_of(method: SFT) -> SupervisedLoss:
+    """The loss that supervised fine-tuning names."""
+    if method.loss not in SUPERVISED_LOSSES:
+        _refuse_loss(method.loss, method)
+    return SUPERVISED_LOSSES[method.loss]
+
+
+def beta_of(loss: Loss | OwnLoss, method: Preference, modality: str) -> float:
     """The given beta, or the loss's default in the unit of the wing's log-ratio."""
     if method.beta is not None:
         return method.beta
@@ -100,6 +110,10 @@ def beta_of(loss: Loss | OwnLoss, method: Method, modality: str) -> float:
 
 def describe(method: Method, modality: str) -> dict[str, Any]:
     """A method for the report: its loss, equation and paper, its numbers and modifiers."""
+    if isinstance(method, SFT):
+        row = supervised_loss_of(method)
+        told = {"loss": row.name, "equation": row.equation, "paper": row.paper}
+        return {"name": method.name, **told, **modifiers(method)}
     criterion = criterion_of(method, modality)
     return {
         "name": method.name,
@@ -113,7 +127,7 @@ def describe(method: Method, modality: str) -> dict[str, Any]:
     }
 
 
-def modifiers_of(method: Method) -> Modifiers:
+def modifiers_of(method: Preference) -> Modifiers:
     """What changes the losses of a method."""
     if isinstance(method, KTO):
         return Modifiers()
@@ -141,5 +155,5 @@ def cited_options(method: Method, reference: Any) -> list[str]:
         used.append("mixture")
     if isinstance(reference, SyncedReference):
         used.append("synced")
-    own = ("divergence", "weighting", "ld_alpha", "anchor", "safeguard")
+    own = ("divergence", "weighting", "ld_alpha", "anchor", "safeguard", "neftune_alpha")
     return [name for name in used if name in (*own, "min_snr", "mixture", "synced")]

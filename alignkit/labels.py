@@ -16,10 +16,11 @@ NUMBERS = {
     "pairs": ("weight", "margin", "p_chosen"),
     "groups": ("weight",),
     "unpaired": ("weight",),
+    "supervised": ("weight",),
 }
 """Kind -> its optional numeric columns."""
 
-_ROWS = {"groups": "rankings", "unpaired": "single answers"}
+_ROWS = {"groups": "rankings", "unpaired": "single answers", "supervised": "demonstrations"}
 
 _FIELDS = {"weight": "weight", "margin": "target_margin", "p_chosen": "p_chosen"}
 _NEUTRAL = {"weight": 1.0, "target_margin": 0.0, "p_chosen": 1.0}
@@ -45,7 +46,7 @@ class Label:
     @property
     def tie(self) -> bool:
         """Whether no answer is preferred to another."""
-        return self.desirable is None and len(set(self.rank)) == 1
+        return self.desirable is None and len(self.rank) > 1 and len(set(self.rank)) == 1
 
 
 def pair_label(row: Mapping[str, Any]) -> Label:
@@ -103,6 +104,11 @@ def single_label(row: Mapping[str, Any]) -> Label:
     if desirable is None:
         raise BadRow("bad label", f"label is true or false, or 1 or 0; got {value!r}")
     return Label((-1,), desirable=desirable, numbers=_numbers(row, "unpaired"))
+
+
+def demonstration_label(row: Mapping[str, Any]) -> Label:
+    """Of an answer to learn, which is the best there is."""
+    return Label((0,), numbers=_numbers(row, "supervised"))
 
 
 def _numbers(row: Mapping[str, Any], kind: str) -> dict[str, float]:

@@ -131,9 +131,9 @@ class TextOptions:
 
     Attributes:
         max_length: longest prompt + completion in tokens.
-        truncation: what is cut from longer rows: "keep_start" cuts the answers' ends, "keep_end"
-            the prompt's start; counted and warned of. "error" makes them bad rows, as is in any
-            mode a prompt that leaves no room for an answer.
+        truncation: longer rows: "keep_start" cuts the answers' ends, "keep_end" the prompt's start,
+            counted and warned of; "split" makes several of a long `text` (SFT); "error" makes them
+            bad rows, as is in any mode a prompt without room for an answer.
         packing: how answers share a forward. "prefix" is one row without padding, each prompt once
             for all of its answers; "varlen" is one row with a prompt to each answer; "bucket" pads,
             and sorts a batch by length so that little is padded; "none" pads in the data's order.
@@ -145,7 +145,7 @@ class TextOptions:
     """
 
     max_length: int = 1024
-    truncation: Literal["keep_start", "keep_end", "error"] = "keep_start"
+    truncation: Literal["keep_start", "keep_end", "error", "split"] = "keep_start"
     packing: Literal["auto", "prefix", "varlen", "bucket", "none"] = "auto"
     on_bad_row: BadRow = "error"
     identical_pairs: Identical = "skip"

@@ -13,9 +13,11 @@ import torch
 
 from alignkit.cached import cached_reference
 from alignkit.config import RunConfig
-from alignkit.criteria import criterion_of, modifiers_of
+from alignkit.criteria import criterion_of, modifiers_of, supervised_loss_of
 from alignkit.errors import ConfigError
+from alignkit.methods import SFT
 from alignkit.objectives.preference import PreferenceObjective
+from alignkit.objectives.supervised import SupervisedObjective
 from alignkit.places import is_missing
 from alignkit.protocols import Wing
 from alignkit.reference import FrozenModel
@@ -40,6 +42,19 @@ LEARNING_RATES = {
     ("image", True): 1e-5,
 }
 """(modality, with adapter) -> DPO's default peak learning rate."""
+
+SFT_RATES = {
+    # Full: Llama 2 and TRL; LoRA: ten times as much, as is usual.
+    ("text", False): 2e-5,
+    ("text", True): 2e-4,
+    # Those of diffusers' text-to-image recipes.
+    ("image", False): 1e-5,
+    ("image", True): 1e-4,
+}
+"""(modality, with adapter) -> the default peak learning rate of supervised fine-tuning."""
+
+Built = PreferenceObjective | SupervisedObjective
+"""The objectives that a run can have."""
 
 
 def modality_of(policy: Any, what: str = "policy") -> str:
@@ -132,8 +147,13 @@ def _neither(policy: str) -> str:
 
 def build_wing(config: RunConfig, modality: str, runtime: Runtime) -> Wing:
     """The policy, loaded and marked for training."""
-    options = {name: getattr(config.method, name) for name in IMAGE_OPTIONS}
-    options["channels_last"] = config.trainer.channels_last
+    method = config.method
+    # Options of one modality's likelihood; on the other they were refused.
+    options: dict[str, dict[str, Any]] = {
+        "text": {"neftune_alpha": getattr(method, "neftune_alpha", None)},
+        "image": {name: getattr(method, name) for name in IMAGE_OPTIONS}
+        | {"channels_last": config.trainer.channels_last},
+    }
     wing: Wing = import_module(MODALITIES[modality]).build(
         config.policy,
         adapter=config.adapter,
@@ -141,8 +161,7 @@ def build_wing(config: RunConfig, modality: str, runtime: Runtime) -> Wing:
         precision=pick_precision(config.trainer.precision),
         gradient_checkpointing=config.trainer.gradient_checkpointing,
         seed=config.seed,
-        # Text has no timesteps and no convolutions; there the options were refused.
-        **(options if modality == "image" else {}),
+        **options[modality],
     )
     return wing
 
@@ -183,38 +202,64 @@ def _compile(module: Any) -> None:
 
 def build_objective(
     config: RunConfig, wing: Wing, runtime: Runtime
-) -> tuple[PreferenceObjective, dict[str, Any]]:
+) -> tuple[Built, dict[str, Any]]:
     """The objective, and the numbers that were filled in."""
-    criterion = criterion_of(config.method, wing.modality)
+    make = _supervised if isinstance(config.method, SFT) else _preference
+    objective, told = make(config, wing, runtime)
+    if config.trainer.compile:
+        _compile(wing.backend.module)
+    rate = config.trainer.learning_rate
+    if rate is None:
+        rates = SFT_RATES if isinstance(config.method, SFT) else LEARNING_RATES
+        rate = rates[wing.modality, wing.adapter != "none"]
+    resolved = {
+        "modality": wing.modality,
+        **told,
+        "learning_rate": rate,
+        "precision": pick_precision(config.trainer.precision),
+        "device": str(torch.device(runtime.device)),
+        "processes": runtime.size,
+    }
+    return objective, resolved
+
+
+def _preference(config: RunConfig, wing: Wing, runtime: Runtime) -> tuple[Built, dict[str, Any]]:
+    method = config.method
+    assert not isinstance(method, SFT)
+    criterion = criterion_of(method, wing.modality)
     other_model = _other_model(config, wing, runtime)
     if isinstance(config.reference, CachedReference):
         kind, reference = cached_reference(config.reference, config, wing, other_model)
     else:
         needed = criterion.loss.needs_reference
         kind, reference = build_reference(config, wing, needed, other_model)
-    if config.trainer.compile:
-        _compile(wing.backend.module)
-        held = reference.live if isinstance(reference, StoredReference) else reference
-        if isinstance(held, FrozenModel):
-            _compile(held.module)
+    held = reference.live if isinstance(reference, StoredReference) else reference
+    if config.trainer.compile and isinstance(held, FrozenModel):
+        _compile(held.module)
     objective = PreferenceObjective(
         wing.backend,
         reference,
         criterion,
-        modifiers=modifiers_of(config.method),
+        modifiers=modifiers_of(method),
         seed=config.seed,
         budget=config.trainer.micro_batch,
     )
-    rate = config.trainer.learning_rate
-    if rate is None:
-        rate = LEARNING_RATES[wing.modality, wing.adapter != "none"]
-    resolved = {
-        "modality": wing.modality,
-        "beta": criterion.beta,
-        "learning_rate": rate,
-        "reference": kind,
-        "precision": pick_precision(config.trainer.precision),
-        "device": str(torch.device(runtime.device)),
-        "processes": runtime.size,
-    }
-    return objective, resolved
+    return objective, {"beta": criterion.beta, "reference": kind}
+
+
+def _supervised(config: RunConfig, wing: Wing, runtime: Runtime) -> tuple[Built, dict[str, Any]]:
+    method, text = config.method, wing.modality == "text"
+    assert isinstance(method, SFT)
+    # An image's likelihood is minus half its denoising error, and its loss the error itself; in
+    # nats it is the likelihood that counts.
+    halved = not text and method.timestep_weighting != "nats"
+    objective = SupervisedObjective(
+        wing.backend,
+        supervised_loss_of(method),
+        loss_on=method.loss_on if text else None,
+        tokens=text,
+        scale=2.0 if halved else 1.0,
+        seed=config.seed,
+        budget=config.trainer.micro_batch,
+    )
+    return objective, {"reference": "none"}

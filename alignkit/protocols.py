@@ -20,6 +20,7 @@ from alignkit.options import GenerationOptions
 Draw = Any
 """The randomness of one evaluation: None for text; timesteps and noise for images."""
 
+SourceRows = Sequence[Mapping[str, Any]] | None
 Key = tuple[int, int]
 """(seed, optimizer step): with a group's `position` it determines every random draw of a step."""
 
@@ -128,6 +129,10 @@ class Objective(Protocol):
         """The metrics of a held-out piece, its loss among them, without gradient."""
         ...
 
+    def derived(self, means: Mapping[str, float]) -> dict[str, float]:
+        """What follows from a held-out set's means and is none itself, such as a perplexity."""
+        ...
+
     def after_step(self, step: int) -> None: ...
 
     def state_dict(self) -> dict[str, Any]: ...
@@ -172,10 +177,7 @@ class Reward(Protocol):
     """Rule, Python function, classifier, scorer or judge: all the same to everybody above."""
 
     def __call__(
-        self,
-        prompts: Sequence[Any],
-        responses: Sequence[Any],
-        rows: Sequence[Mapping[str, Any]] | None = None,
+        self, prompts: Sequence[Any], responses: Sequence[Any], rows: SourceRows = None
     ) -> Sequence[float | None] | Mapping[str, Sequence[float | None]]:
         """Scores (B,), or named parts of them. A failed answer is missing (None), never 0."""
         ...
@@ -185,11 +187,7 @@ class PreferenceJudge(Protocol):
     """P(a beats b)."""
 
     def __call__(
-        self,
-        prompts: Sequence[Any],
-        a: Sequence[Any],
-        b: Sequence[Any],
-        rows: Sequence[Mapping[str, Any]] | None = None,
+        self, prompts: Sequence[Any], a: Sequence[Any], b: Sequence[Any], rows: SourceRows = None
     ) -> Sequence[float]: ...
 
 
@@ -233,7 +231,8 @@ class Wing(Protocol):
     def examples(self, data: Any, options: Any, *, kind: str, seed: int) -> Examples:
         """Read, check and prepare rows.
 
-        `kind` is "pairs", "groups" (rankings of K answers) or "unpaired" (one labelled answer).
+        `kind` is "pairs", "groups" (rankings of K answers), "unpaired" (one labelled answer) or
+        "supervised" (one to learn); a wing of tokens also takes `loss_on`, what of it is learned.
         """
         ...
 

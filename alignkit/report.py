@@ -47,6 +47,9 @@ _SYMBOLS = (
     "b = beta; w, l = log-ratio of policy to reference on the chosen and the rejected answer; "
     "h = w - l; m = target margin; L(x) = -log sigmoid(x)"
 )
+_TOKEN_SYMBOLS = (
+    "x = log-likelihood of a token, or minus an image's denoising error; sg = without gradient"
+)
 
 
 def write_report(folder: RunFolder, facts: ReportFacts) -> Path:
@@ -184,7 +187,8 @@ def _sections(facts: ReportFacts) -> list[tuple[str, list[dict[str, Any]]]]:
     """The cards of "what was run": heading and rows (label, text, code?, note)."""
     method = dict(facts.method)
     convention = method.pop("beta_convention", None) or BETA_CONVENTION.get(facts.modality, "")
-    notes = {"equation": _SYMBOLS, "beta": convention}
+    symbols = _SYMBOLS if "beta" in method else _TOKEN_SYMBOLS
+    notes = {"equation": symbols, "beta": convention}
     sections = (("Method", method), ("Policy", facts.policy), ("Data", facts.data))
     return [
         (

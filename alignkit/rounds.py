@@ -30,7 +30,7 @@ from alignkit.labeller import (
     read_prompts,
     write_rows,
 )
-from alignkit.methods import Method
+from alignkit.methods import SFT, Method
 from alignkit.options import GenerationOptions, ImageOptions, LoRA, TextOptions, TrainerOptions
 from alignkit.parts import build_wing, modality_of
 from alignkit.protocols import PreferenceJudge, Reward
@@ -115,10 +115,11 @@ def align_rounds(
         seed=seed,
     )
     check(first, modality)
-    if criterion_of(method, modality).kind.rows == "unpaired":
+    if isinstance(method, SFT) or criterion_of(method, modality).kind.rows == "unpaired":
+        read = "demonstrations" if isinstance(method, SFT) else "single labelled ones"
         raise ConfigError(
-            f"Rounds prefer answers to one another, and {type(method).__name__} reads single "
-            "labelled ones. Take DPO() with a loss of pairs or rankings."
+            f"Rounds prefer answers to one another, and {type(method).__name__} reads {read}. Take "
+            "DPO() with a loss of pairs or rankings."
         )
     rows = read_prompts(prompts, {} if data_options is None else data_options.columns)
     labeller = Labeller(reward, judge, samples_per_prompt, soft_labels)

@@ -215,7 +215,7 @@ class Trainer:
                 self._add(self.objective.evaluate(micro))
             seen += self.runtime.max(int(batch.position.max()) + 1)
         values, self._pending = self._reduce_metrics(), kept
-        return values
+        return {**values, **self.objective.derived(values)}
 
     def state_dict(self) -> dict[str, Any]:
         """All state that matters. All processes must call it; the main one's is whole."""

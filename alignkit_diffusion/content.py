@@ -76,6 +76,10 @@ class ImageContent:
         """
         return self.select(groups, answers)
 
+    def scored_lengths(self) -> list[int]:
+        """An image's likelihood is one number."""
+        return [1] * len(self.latents)
+
 
 @dataclass(frozen=True)
 class ImageDraw:

@@ -8,10 +8,19 @@ from typing import Any, get_args
 import pytest
 import yaml
 
-from alignkit import DPO, KTO, ConfigError, DataError, PrecomputedReference, align
+from alignkit import (
+    DPO,
+    KTO,
+    SFT,
+    ConfigError,
+    DataError,
+    PrecomputedReference,
+    TextOptions,
+    align,
+)
 from alignkit.checks.rows import check_labels
 from alignkit.config import RunConfig, check, from_mapping, to_mapping
-from alignkit.criteria import criterion_of, describe
+from alignkit.criteria import criterion_of, describe, loss_of
 from alignkit.labels import Labels, pair_label
 from alignkit.losses import LOSSES, PREFERENCE_LOSSES, UNPAIRED_LOSSES
 from alignkit.losses.divergences import DIVERGENCES
@@ -55,6 +64,20 @@ REFUSED: list[tuple[Any, str, dict[str, Any], str]] = [
     (DPO("simpo"), "text", {"reference": "frozen"}, "'simpo' uses no reference; got reference='f"),
     (DPO("sigmoid"), "text", {"reference": "none"}, "compares the policy with a reference; got"),
     (KTO(lambda scores: 0), "text", {}, "method.loss is called as loss(scores, beta=...)"),
+    (DPO(), "text", {"data_options": TextOptions(truncation="split")}, "makes several rows of a l"),
+    (KTO(), None, {"data_options": {"truncation": "split"}}, "and KTO compares answers to prompts"),
+    (SFT("nl"), "text", {}, "Unknown loss 'nl'. Did you mean 'nll'? Known: dft, nll"),
+    (SFT("sigmoid"), "text", {}, "takes other rows than SFT reads; write DPO(loss='sigmoid')"),
+    (DPO("dft"), "text", {}, "takes other rows than DPO reads; write SFT(loss='dft')"),
+    (SFT(), "text", {"reference": "frozen"}, "Supervised fine-tuning compares with no reference"),
+    (SFT(), "text", TABLE, "compares with no reference"),
+    (SFT(loss_on="answer"), "text", {}, "method.loss_on must be 'completion' or 'all' or 'assis"),
+    (SFT(timestep_weighting="elbo"), "text", {}, "timestep_weighting is an option of image polic"),
+    (SFT(timesteps=(3,)), "text", {}, "method.timesteps is an option of image policies only"),
+    (SFT("dft"), "image", {}, "weighs each token by its own probability, and the likelihood of an"),
+    (SFT(loss_on="all"), "image", {}, "method.loss_on is an option of text policies only: it choo"),
+    (SFT(neftune_alpha=5), "image", {}, "method.neftune_alpha is an option of text policies only"),
+    (SFT(), "text", {"reward": len}, "SFT learns from data"),
 ]
 
 
@@ -136,7 +159,7 @@ PAIR = {"prompt": "a", "chosen": "b", "rejected": "c"}
 
 
 def columns(method: Any, row: dict[str, Any]) -> None:
-    check_labels(criterion_of(method, "text"), Labels([7], [pair_label(PAIR | row)]))
+    check_labels(loss_of(method), Labels([7], [pair_label(PAIR | row)]))
 
 
 def test_columns_that_mean_nothing_for_a_loss_are_refused() -> None:

@@ -6,12 +6,13 @@ import inspect
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from alignkit.checks.supervised import check_supervised
 from alignkit.criteria import criterion_of, loss_of
 from alignkit.errors import ConfigError
 from alignkit.losses import Loss
 from alignkit.losses.divergences import check_divergence
 from alignkit.losses.modifiers import check_weighting
-from alignkit.methods import DPO, Method, modifiers
+from alignkit.methods import DPO, SFT, Method, Preference, modifiers
 from alignkit.objectives.criterion import Criterion, OwnLoss
 from alignkit.reference_options import NoiseBank, PrecomputedReference
 from alignkit.schema import require
@@ -41,8 +42,23 @@ def check_method(config: RunConfig, modality: str | None) -> None:
         if not method.online and getattr(config, name) is not None:
             raise ConfigError(
                 f"{name} is used by online methods, which score answers as they sample them; "
-                f"{type(method).__name__} learns from the preferences in data. Leave {name} out."
+                f"{type(method).__name__} learns from data. Leave {name} out."
             )
+    if method.timesteps is not None and method.timestep_weighting == "nats":
+        raise ConfigError(
+            "method.timestep_weighting='nats' is the ELBO, a sum over all timesteps; got "
+            f"method.timesteps={method.timesteps!r}. Leave one of the two out."
+        )
+    if isinstance(method, SFT):
+        return check_supervised(method, config, modality)
+    options = config.data_options
+    given = options if isinstance(options, Mapping) else vars(options) if options else {}
+    if given.get("truncation") == "split":
+        raise ConfigError(
+            "data_options.truncation='split' makes several rows of a long text without a prompt, "
+            f"and {type(method).__name__} compares answers to prompts. Write "
+            "truncation='keep_start', or take SFT()."
+        )
     loss = loss_of(method)
     if modality is not None:
         _check_unit(loss, method, modality)
@@ -52,11 +68,6 @@ def check_method(config: RunConfig, modality: str | None) -> None:
     if isinstance(method, DPO):
         check_weighting(method.weighting, loss if isinstance(loss, Loss) else None)
         _check_divergence(method, loss, modality)
-    if method.timesteps is not None and method.timestep_weighting == "nats":
-        raise ConfigError(
-            "method.timestep_weighting='nats' is the ELBO, a sum over all timesteps; got "
-            f"method.timesteps={method.timesteps!r}. Leave one of the two out."
-        )
     _check_reference(config, loss)
     if "kl" in loss.needs and config.trainer.batch_size == 1:
         raise ConfigError(
@@ -85,7 +96,7 @@ def _check_signature(function: Any, keywords: Mapping[str, Any]) -> None:
         ) from None
 
 
-def _check_scope(method: Method, criterion: Criterion, modality: str | None) -> None:
+def _check_scope(method: Preference, criterion: Criterion, modality: str | None) -> None:
     """Modifiers where they have no meaning."""
     scopes = [
         (_TEXT_ONLY, modality == "image", "an option of text policies only"),
@@ -117,7 +128,7 @@ def _check_divergence(method: DPO, loss: Loss | OwnLoss, modality: str | None) -
         )
 
 
-def _check_unit(loss: Loss | OwnLoss, method: Method, modality: str) -> None:
+def _check_unit(loss: Loss | OwnLoss, method: Preference, modality: str) -> None:
     """Losses that mean something only in another unit of the log-ratio than this run's."""
     nats = method.timestep_weighting == "nats"
     if modality not in getattr(loss, "modalities", (modality,)):

@@ -8,7 +8,8 @@ from alignkit.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
     from alignkit.labels import Labels
-    from alignkit.objectives.criterion import Criterion
+    from alignkit.losses import Loss, SupervisedLoss
+    from alignkit.objectives.criterion import OwnLoss
 
 COLUMNS = {
     "p_chosen": "p_chosen",
@@ -19,7 +20,7 @@ COLUMNS = {
 """Field of the scores -> the column that it comes from."""
 
 
-def check_labels(criterion: Criterion, labels: Labels) -> None:
+def check_labels(loss: Loss | OwnLoss | SupervisedLoss, labels: Labels) -> None:
     """Look at what the rows say beside their answers, where the loss is particular about it.
 
     A column that speaks of pairs is refused on other kinds of rows where they are read
@@ -29,7 +30,6 @@ def check_labels(criterion: Criterion, labels: Labels) -> None:
         ConfigError: for a column that has no meaning for the loss.
         DataError: for a row without a column that the loss needs.
     """
-    loss = criterion.loss
     refused = dict(getattr(loss, "refuses", {}))
     needed = [name for name in loss.needs if name in COLUMNS]
     if not (refused or needed):

@@ -7,6 +7,7 @@ from alignkit.losses.divergences import DIVERGENCES
 from alignkit.losses.group import GROUP_LOSSES
 from alignkit.losses.mixture import WeightedSum, weighted_sum
 from alignkit.losses.scores import GroupScores, PairScores, UnpairedScores
+from alignkit.losses.supervised import SUPERVISED_LOSSES, SupervisedLoss
 from alignkit.losses.table import GroupLoss, Loss, PairLoss, State, UnpairedLoss
 from alignkit.losses.unpaired import UNPAIRED_LOSSES
 
@@ -20,13 +21,16 @@ PREFERENCE_LOSSES = MappingProxyType(
 """Name -> pairwise loss."""
 
 LOSSES = MappingProxyType({**PREFERENCE_LOSSES, **GROUP_LOSSES, **UNPAIRED_LOSSES})
-"""Name -> loss of any kind; names are unique over the tables."""
+"""Name -> loss of answers that are compared, with a reference or with one another; names are unique
+over all tables, that of demonstrations included.
+"""
 
 __all__ = [
     "DIVERGENCES",
     "GROUP_LOSSES",
     "LOSSES",
     "PREFERENCE_LOSSES",
+    "SUPERVISED_LOSSES",
     "UNPAIRED_LOSSES",
     "GroupLoss",
     "GroupScores",
@@ -34,6 +38,7 @@ __all__ = [
     "PairLoss",
     "PairScores",
     "State",
+    "SupervisedLoss",
     "UnpairedLoss",
     "UnpairedScores",
     "WeightedSum",

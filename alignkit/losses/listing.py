@@ -4,22 +4,41 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from alignkit.losses import GROUP_LOSSES, LOSSES, PREFERENCE_LOSSES, UNPAIRED_LOSSES
+from alignkit.losses import (
+    GROUP_LOSSES,
+    LOSSES,
+    PREFERENCE_LOSSES,
+    SUPERVISED_LOSSES,
+    UNPAIRED_LOSSES,
+    SupervisedLoss,
+)
 from alignkit.losses.table import Loss
 
 COLUMNS = ("name", "equation", "paper", "needs", "minimiser", "golden", "defaults", "options")
 
 
-TABLES: Mapping[str, Mapping[str, Loss]] = {
+TABLES: Mapping[str, Mapping[str, Loss] | Mapping[str, SupervisedLoss]] = {
     "Pairs": PREFERENCE_LOSSES,
     "Rankings": GROUP_LOSSES,
     "Single labelled answers": UNPAIRED_LOSSES,
+    "Demonstrations": SUPERVISED_LOSSES,
 }
 """Kind of data -> its losses."""
 
 
-def cells(loss: Loss) -> dict[str, str]:
+def cells(loss: Loss | SupervisedLoss) -> dict[str, str]:
     """What a listing says of a loss, by column."""
+    if isinstance(loss, SupervisedLoss):
+        return {
+            "name": loss.name,
+            "equation": loss.equation,
+            "paper": loss.paper,
+            "needs": "no reference" if loss.additive else "no reference, tokens",
+            "minimiser": loss.minimiser,
+            "golden": f"{loss.golden:.7f}",
+            "defaults": "none",
+            "options": "none",
+        }
     assert loss.golden is not None
     return {
         "name": loss.name,
@@ -35,17 +54,19 @@ def cells(loss: Loss) -> dict[str, str]:
     }
 
 
-def entry(loss: Loss) -> str:
+def entry(loss: Loss | SupervisedLoss) -> str:
     """A loss in a few lines, for terminals."""
     shown = cells(loss)
-    sources = "\n".join(f"{wing}: {beta.source}" for wing, beta in loss.betas.items())
-    shown |= {"beta from": sources.replace("\n", "\n             "), "laws": _laws(loss)}
+    if isinstance(loss, Loss):
+        shown |= _origins(loss)
     name, *rest = shown.items()
     return "\n".join([name[1], *(f"  {column:10} {value}" for column, value in rest)])
 
 
-def _laws(loss: Loss) -> str:
-    return ", ".join(sorted(loss.laws))
+def _origins(loss: Loss) -> dict[str, str]:
+    sources = "\n".join(f"{wing}: {beta.source}" for wing, beta in loss.betas.items())
+    laws = ", ".join(sorted(loss.laws))
+    return {"beta from": sources.replace("\n", "\n             "), "laws": laws}
 
 
 def _needs(loss: Loss) -> list[str]:
@@ -78,7 +99,7 @@ def _beta_table() -> str:
     return "\n".join(lines)
 
 
-def _markdown_table(losses: Mapping[str, Loss]) -> str:
+def _markdown_table(losses: Mapping[str, Loss] | Mapping[str, SupervisedLoss]) -> str:
     lines = ["| " + " | ".join(COLUMNS) + " |", "|---" * len(COLUMNS) + "|"]
     for loss in losses.values():
         shown = cells(loss) | {"name": f"`{loss.name}`"}

@@ -129,3 +129,11 @@ def _absent(known: Known, answers: int) -> Known:
         nothing[name] = None if value is None else value[:1]
     slopes = {name: torch.zeros_like(value[:1]) for name, value in known.slopes.items()}
     return Known(Scored(**nothing), known.losses[:1], slopes, known.sound)
+
+
+def present(batch: Batch) -> Batch:
+    """Without rows of weight 0, but for one that keeps an empty process in step."""
+    rows = batch.weights().nonzero().flatten().tolist()
+    if not rows:
+        return batch.select([0])
+    return batch if len(rows) == batch.num_groups else batch.select(rows)

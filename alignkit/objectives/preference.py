@@ -22,12 +22,12 @@ from torch import Tensor
 from alignkit.batches import Batch, Likelihood, Metrics
 from alignkit.draws import generator
 from alignkit.likelihood import log_likelihoods
-from alignkit.losses import State
-from alignkit.objectives.criterion import Criterion
+from alignkit.losses import Loss, State
+from alignkit.objectives.criterion import Criterion, OwnLoss
 from alignkit.objectives.global_batch import couple
 from alignkit.objectives.kinds import Scores
 from alignkit.objectives.modifiers import Modifiers, mean
-from alignkit.objectives.pieces import Micro, Scored
+from alignkit.objectives.pieces import Micro, Scored, present
 from alignkit.objectives.strata import by_stratum, with_errors
 from alignkit.protocols import Backend, Collective, Key, Reference, Trainable
 
@@ -68,6 +68,18 @@ class PreferenceObjective:
         self._next: State = {}
 
     @property
+    def reads(self) -> dict[str, str]:
+        return {"kind": self.criterion.kind.rows}
+
+    @property
+    def loss(self) -> Loss | OwnLoss:
+        return self.criterion.loss
+
+    @property
+    def mismatched(self) -> bool:
+        return "kl" in self.criterion.loss.needs
+
+    @property
     def trainable(self) -> Trainable:
         def wrapped(name: str, module: torch.nn.Module) -> None:
             self.backend.module = module
@@ -84,8 +96,8 @@ class PreferenceObjective:
     # --- pieces ------------------------------------------------------------------------------
 
     def micro_batches(self, batch: Batch, step: int) -> Sequence[Micro]:
-        batch, key = _present(batch), (self.seed, step)
-        kl = self._kl_baseline(batch, key) if "kl" in self.criterion.loss.needs else None
+        batch, key = present(batch), (self.seed, step)
+        kl = self._kl_baseline(batch, key) if self.mismatched else None
         pieces = [
             Micro(piece, key, None if kl is None else kl[: piece.num_groups])
             for piece in self.backend.split(batch, self.budget)
@@ -222,6 +234,9 @@ class PreferenceObjective:
         strata = by_stratum(self.backend, micro, kind, beta, scored)
         return {"loss": (total, scored.weight.sum()), **self._metrics(scored), **strata}
 
+    def derived(self, means: Mapping[str, float]) -> dict[str, float]:
+        return {}
+
     @torch.no_grad()
     def culprits(self, micro: Micro) -> list[int]:
         """The row ids whose own loss is not finite."""
@@ -247,11 +262,3 @@ class PreferenceObjective:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.reference.load_state_dict(state["reference"])
         self.state = self._next = state["loss"]
-
-
-def _present(batch: Batch) -> Batch:
-    """Without rows of weight 0, but for one that keeps an empty process in step."""
-    present = batch.weights().nonzero().flatten().tolist()
-    if not present:
-        return batch.select([0])
-    return batch if len(present) == batch.num_groups else batch.select(present)

@@ -10,8 +10,9 @@ from torch import nn
 
 from alignkit.batches import Batch
 from alignkit.errors import ConfigError
-from alignkit.protocols import Draw, Key
+from alignkit.protocols import Key
 from alignkit.text.likelihood import TextLikelihood
+from alignkit.text.noise import EmbeddingNoise
 from alignkit.text.packing import PACKED, positions_of
 from alignkit.text.packing_check import obstacle
 
@@ -22,7 +23,7 @@ AUTO_TOKENS = 8192
 
 
 class TextBackend:
-    """Evaluates answers under the policy. Text needs no draw: its likelihood is deterministic.
+    """Evaluates answers under the policy. Text needs no draw, unless its embeddings get noise.
 
     Attributes:
         module: the policy's likelihood module, wrapped or not.
@@ -30,6 +31,7 @@ class TextBackend:
         by_length: whether padded micro-batches are made of groups of like length: always, never
             (False), or where their size is "auto", too (None).
         beside: likelihood modules that compute the same batches, such as a reference's.
+        neftune_alpha: strength of the noise on the embeddings of training forwards, or None.
     """
 
     def __init__(self, module: nn.Module) -> None:
@@ -37,10 +39,14 @@ class TextBackend:
         self.layout = "padded"
         self.by_length: bool | None = None
         self.beside: list[nn.Module] = []
+        self.neftune_alpha: float | None = None
         self._obstacles: dict[str, str | None] = {}
 
-    def draw(self, batch: Batch, key: Key) -> Draw:
-        return None
+    def draw(self, batch: Batch, key: Key) -> EmbeddingNoise | None:
+        """The noise of a training step; an evaluation, whose step is 0, has none."""
+        if self.neftune_alpha is None or key[1] == 0:
+            return None
+        return EmbeddingNoise.of(self.neftune_alpha, batch, key)
 
     def choose(self, packing: str) -> None:
         """Take up `TextOptions.packing`: "auto" is "prefix" where the models allow it.

@@ -1,30 +1,38 @@
-"""Preference rows of the text wing as prepared examples: pairs, rankings, single answers."""
+"""Rows of the text wing as prepared examples: pairs, rankings, single answers, demonstrations."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
-from alignkit.batches import Batch
 from alignkit.columns import SAME, TIE, BadRow, Column, Named, Sieve, check_columns
 from alignkit.errors import DataError
-from alignkit.labels import Label, Labels, group_label, pair_label, single_label
+from alignkit.labels import (
+    Label,
+    demonstration_label,
+    group_label,
+    pair_label,
+    single_label,
+)
 from alignkit.options import TextOptions
 from alignkit.rows import Rows
-from alignkit.text.content import Ids, TextContent
+from alignkit.text.content import Ids
 from alignkit.text.encoding import Encoder, TokensOf
+from alignkit.text.examples import TextExamples, TokenRow
 from alignkit.text.formats import Rendered, is_messages, render_answers
 from alignkit.text.layouts import Layout, recognise
-from alignkit.text.tokens import PAIR_IDS, Limits, Splitter, ids_of
+from alignkit.text.supervised import Demonstration, cut, learned, read_demonstration
+from alignkit.text.tokens import PAIR_IDS, SUPERVISED_IDS, Limits, Splitter, ids_of
 
 LAYOUTS: Mapping[str, tuple[tuple[Column, ...], ...]] = {
     "pairs": (("chosen", "rejected"), PAIR_IDS),
     "groups": (("prompt", "responses", ("ranking", "scores")),),
     "unpaired": (("prompt", "completion", "label"), ("chosen", "rejected"), PAIR_IDS),
+    "supervised": (("messages",), ("prompt", "completion"), SUPERVISED_IDS, ("text",)),
 }
 """Kind of rows -> the ways to write them; a pair's prompt may be what its answers share."""
 
@@ -33,55 +41,11 @@ log = logging.getLogger("alignkit")
 IMAGES = ("image", "images")
 
 
-@dataclass(frozen=True)
-class TokenRow:
-    """A row as ids: one prompt and its answers; `number` is its place in the data."""
-
-    number: int
-    prompt: Ids
-    answers: tuple[Ids, ...]
-
-
-class TextExamples:
-    """Prepared rows of a text wing, as `Examples`.
-
-    Attributes:
-        rows: the usable rows.
-        skipped: reason -> how many rows were left out.
-        chat: whether any row was rendered by the chat template.
-    """
-
-    def __init__(
-        self,
-        rows: Sequence[TokenRow],
-        labels: Sequence[Label],
-        skipped: Mapping[str, int],
-        chat: bool,
-    ) -> None:
-        self.rows = rows
-        self.labels = Labels([row.number for row in rows], labels)
-        self.skipped = skipped
-        self.chat = chat
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def collate(self, indices: Sequence[int], epochs: Sequence[int]) -> Batch:
-        rows = [self.rows[index] for index in indices]
-        content = TextContent(
-            prompts=tuple(row.prompt for row in rows),
-            completions=tuple(answer for row in rows for answer in row.answers),
-            owner=tuple(place for place, row in enumerate(rows) for _ in row.answers),
-        )
-        return self.labels.batch(content, indices)
-
-    def mismatched(self, indices: Sequence[int]) -> list[int]:
-        return self.labels.mismatched(indices, [self.rows[i].prompt.tobytes() for i in indices])
-
-
-def read_examples(rows: Rows, tokenizer: Any, options: TextOptions, kind: str) -> TextExamples:
+def read_examples(
+    rows: Rows, tokenizer: Any, options: TextOptions, kind: str, loss_on: str = "completion"
+) -> TextExamples:
     """Check, tokenise and cut all rows of some data; see `Reader`."""
-    reader = Reader(rows, tokenizer, options, kind)
+    reader = Reader(rows, tokenizer, options, kind, loss_on)
     usable, labels = reader.read(enumerate(rows))
     reader.warn()
     return TextExamples(usable, labels, dict(reader.skipped), reader.chat)
@@ -95,7 +59,8 @@ class Reader:
             any kind `weight`, on pairs `margin`, `p_chosen`, `score_chosen` and `score_rejected`.
         tokenizer: of the policy; not changed.
         options: limits and policies.
-        kind: "pairs", "groups" or "unpaired".
+        kind: "pairs", "groups", "unpaired" or "supervised".
+        loss_on: of supervised rows what is learned: "completion", "assistant" or "all".
 
     Attributes:
         skipped: reason -> how many rows were left out so far.
@@ -103,11 +68,19 @@ class Reader:
         chat: whether any row was rendered by the chat template.
     """
 
-    def __init__(self, rows: Named, tokenizer: Any, options: TextOptions, kind: str) -> None:
+    def __init__(
+        self,
+        rows: Named,
+        tokenizer: Any,
+        options: TextOptions,
+        kind: str,
+        loss_on: str = "completion",
+    ) -> None:
         self._name = rows.name
         self._tokenizer = tokenizer
         self._options = options
         self._kind = kind
+        self._loss_on = loss_on
         self._sieve = Sieve(rows, options.on_bad_row)
         self._encoder = Encoder(tokenizer)
         self._splitter = Splitter(tokenizer)
@@ -139,17 +112,23 @@ class Reader:
             with self._sieve.guard(number):
                 ours = self._ours(row)
                 check_columns(ours, self._kind, LAYOUTS, self._name)
-                read.append((number, *_READERS[self._kind](self._tokenizer, ours)))
-        rendered = [item for _, item, _ in read if isinstance(item, Rendered)]
+                read.append((number, *self._items(ours)))
+        texts = [one.texts if isinstance(one, Demonstration) else one for _, one, _ in read]
+        rendered = [item for item in texts if isinstance(item, Rendered)]
         self.chat = self.chat or any(item.chat for item in rendered)
         tokens = self._encoder.encode(rendered)
         usable: list[TokenRow] = []
         labels: list[Label] = []
         for number, item, label in read:
             with self._sieve.guard(number):
-                cut = self._cut(number, item, tokens)
-                if _teaches(cut, label, self._kind, self._sieve, self._options):
-                    usable += _apart(cut) if isinstance(label, tuple) else [cut]
+                if isinstance(item, Demonstration):
+                    pieces = cut(item.mark(self._splitter, tokens), self._limits, plain=item.plain)
+                    usable += [learned(number, piece) for piece in pieces]
+                    labels += [label] * len(pieces)
+                    continue
+                found = self._cut(number, item, tokens)
+                if _teaches(found, label, self._kind, self._sieve, self._options):
+                    usable += _apart(found) if isinstance(label, tuple) else [found]
                     labels += label if isinstance(label, tuple) else [label]
         return usable, labels
 
@@ -165,6 +144,14 @@ class Reader:
         if not all(name in row for name in self._layout.columns):
             raise BadRow(f"not all columns of {self._layout.name} are there")
         return {**_beside(row), **self._layout.convert[self._kind](row, self._template)}
+
+    def _items(self, row: Mapping[str, Any]) -> tuple[Any, Any]:
+        """What is to be tokenised of a row in our columns, and what it says of its answers."""
+        if self._kind == "supervised":
+            item = read_demonstration(self._tokenizer, row, self._loss_on)
+            self.chat = self.chat or item.chat
+            return item, demonstration_label(row)
+        return _READERS[self._kind](self._tokenizer, row)
 
     def _cut(self, number: int, item: Rendered | Tokens, tokens: TokensOf) -> TokenRow:
         splitter = self._splitter

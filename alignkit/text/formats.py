@@ -253,6 +253,8 @@ def left_open(tokenizer: Any, text: str, ids: Any) -> Any:
 
 def prompt_of(tokenizer: Any, row: Mapping[str, Any]) -> Any:
     """What a row asks, as `sample` takes it; None where nothing is asked."""
+    if is_messages(row.get("messages")):
+        return _asked(list(row["messages"]))
     if row.get("prompt") is not None:
         return row["prompt"]
     if row.get("prompt_ids") is not None:
@@ -265,6 +267,13 @@ def prompt_of(tokenizer: Any, row: Mapping[str, Any]) -> Any:
     if all(is_messages(answer) for answer in answers):
         return answers[0][: _shared_turns(*answers)] or None
     return None
+
+
+def _asked(messages: Messages) -> Messages | None:
+    """A conversation without the assistant's messages at its end."""
+    while messages and messages[-1].get("role") == "assistant":
+        messages = messages[:-1]
+    return messages or None
 
 
 def prompt_text(prompt: Any) -> str:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from functools import partial
 from typing import Any
 
@@ -78,13 +78,23 @@ def alignment_of(logps: Tensor, logits: Tensor) -> Float[Tensor, " M"]:
     return torch.cat([token_alignment(logps[rows], logits[rows]) for rows in _blocks(logits)])
 
 
-Found = tuple[Float[Tensor, " M"], Float[Tensor, " M"] | None]
-"""Log-probabilities of tokens, and their alignment where it was asked for."""
+@torch.no_grad()
+def correct_of(logits: Tensor, targets: Tensor) -> Float[Tensor, " M"]:
+    """1 where the target is the likeliest token, else 0."""
+    return (logits.argmax(-1) == targets).float()
 
 
-def score(logits: Float[Tensor, "M V"], targets: Int[Tensor, " M"], align: bool) -> Found:
-    logps = TokenLogps.apply(logits, targets)
-    return logps, alignment_of(logps, logits) if align else None
+Found = dict[str, Float[Tensor, " M"]]
+"""Of each token: "logps", and what else was asked for."""
+
+
+def score(logits: Float[Tensor, "M V"], targets: Int[Tensor, " M"], want: Collection[str]) -> Found:
+    found = {"logps": TokenLogps.apply(logits, targets)}
+    if "alignment" in want:
+        found["alignment"] = alignment_of(found["logps"], logits)
+    if "correct" in want:
+        found["correct"] = correct_of(logits, targets)
+    return found
 
 
 class Head:
@@ -110,7 +120,7 @@ class Head:
         inputs: Mapping[str, Any],
         places: Int[Tensor, " M"],
         targets: Int[Tensor, " M"],
-        align: bool = False,
+        want: Collection[str] = (),
     ) -> Found:
         """What rows of tokens predict.
 
@@ -118,15 +128,15 @@ class Head:
             inputs: of the model: (R, T) ids, and what else it takes.
             places: of the flattened rows, in 0 .. R T - 1.
             targets: the tokens after them.
-            align: whether their alignment is wanted, too.
+            want: of "alignment" and "correct", what is wanted of them, too.
         """
         if not self.splits:
-            return score(self._whole(inputs, places), targets, align)
+            return score(self._whole(inputs, places), targets, want)
         decoded = self._decoder(use_cache=False, **inputs)
         hidden = decoded.last_hidden_state.flatten(0, 1)[places]
 
         def part(hidden: Tensor, targets: Tensor) -> Found:
-            return score(self._after(decoded, hidden), targets, align)
+            return score(self._after(decoded, hidden), targets, want)
 
         step = self._step(len(targets), targets.device)
         if step >= len(targets):
@@ -137,8 +147,7 @@ class Head:
             found = [recomputed(part, *piece) for piece in pieces]
         else:
             found = [part(*piece) for piece in pieces]
-        logps, alignment = zip(*found, strict=True)
-        return torch.cat(logps), torch.cat(alignment) if align else None
+        return {name: torch.cat([one[name] for one in found]) for name in found[0]}
 
     def _step(self, rows: int, device: torch.device) -> int:
         """Rows whose logits are made at a time; the same with and without gradients."""

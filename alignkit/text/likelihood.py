@@ -12,6 +12,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -19,14 +20,14 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from alignkit.batches import Batch, Likelihood
-from alignkit.protocols import Draw
 from alignkit.text.attention import configs_of, packed
 from alignkit.text.handed import base_of, evaluating
 from alignkit.text.head import Head
-from alignkit.text.packing import Placed, lay_out
+from alignkit.text.noise import EmbeddingNoise, added
+from alignkit.text.packing import Placed, lay_out, stretches
 
 Answer = TypeVar("Answer")
-EXTRAS = frozenset({"token_logps", "token_mask", "public", "alignment"})
+EXTRAS = frozenset({"token_logps", "token_mask", "public", "alignment", "correct"})
 
 
 class TextLikelihood(nn.Module):
@@ -60,15 +61,20 @@ class TextLikelihood(nn.Module):
         return use(self.model)
 
     def forward(
-        self, batch: Batch, draw: Draw = None, want: frozenset[str] = frozenset()
+        self,
+        batch: Batch,
+        draw: EmbeddingNoise | None = None,
+        want: frozenset[str] = frozenset(),
     ) -> Likelihood:
-        """Likelihood of the N answers, computed in the layout that their content names.
+        """Likelihood of the N answers, computed in the layout that their content names; a draw is
+        noise on the embeddings.
 
         Extras: "token_logps" (N, K) float32, 0 where "token_mask" (N, K) is False, by place in
         the completion; "public" (N,), the log-likelihood of the first k scored tokens of each
         answer, k the shortest length in its group, so that `total` less it is the rest's (LD-DPO);
         "alignment" (N,), detached, the mean over an answer's tokens of ln p(token) -
-        ln sum_v p(v)^2 (WPO).
+        ln sum_v p(v)^2 (WPO); "correct" (N,), how many scored tokens are the likeliest at their
+        place.
         """
         unknown = want - EXTRAS
         if unknown:
@@ -77,21 +83,22 @@ class TextLikelihood(nn.Module):
             )
         # Given back to its owner, the model may be in train mode again.
         with evaluating(self.model) if self.model.training else nullcontext():
-            return self._likelihood(batch, want)
+            return self._likelihood(batch, draw, want)
 
-    def _likelihood(self, batch: Batch, want: frozenset[str]) -> Likelihood:
+    def _likelihood(
+        self, batch: Batch, draw: EmbeddingNoise | None, want: frozenset[str]
+    ) -> Likelihood:
         device = next(self.model.parameters()).device
         rows = lay_out(batch.content).to(device)
-        with self._autocast(device), self._attention(rows):
-            logps, alignment = self.head(
-                self._inputs(rows), rows.predicts, rows.targets, align="alignment" in want
-            )
-        token_logps, mask = rows.table(logps), rows.mask()  # (N, K)
+        with self._autocast(device), self._attention(rows), self._noise(draw, batch, rows):
+            found = self.head(self._inputs(rows), rows.predicts, rows.targets, want)
+        token_logps, mask = rows.table(found["logps"]), rows.mask()  # (N, K)
         made = {
             "token_logps": lambda: token_logps,
             "token_mask": lambda: mask,
             "public": lambda: public_logps(token_logps, mask, batch),
-            "alignment": lambda: mean_alignment(rows, alignment),
+            "alignment": lambda: per_answer(rows, found["alignment"]) / rows.lengths.clamp(min=1),
+            "correct": lambda: per_answer(rows, found["correct"]),
         }
         return Likelihood(
             total=token_logps.sum(-1),
@@ -110,6 +117,14 @@ class TextLikelihood(nn.Module):
         groups = rows.host.groups
         return packed(self.configs, groups) if groups else nullcontext()
 
+    def _noise(
+        self, draw: EmbeddingNoise | None, batch: Batch, rows: Placed
+    ) -> AbstractContextManager[None]:
+        if draw is None:
+            return nullcontext()
+        made = partial(draw.laid_out, stretches(rows.host), batch.content.lengths())
+        return added(self.model, made)
+
     def _autocast(self, device: torch.device) -> AbstractContextManager[Any]:
         if self.autocast is None:
             return nullcontext()
@@ -127,10 +142,9 @@ def public_logps(
     return torch.where(mask & (place <= shortest[group][:, None]), token_logps, 0.0).sum(-1)
 
 
-def mean_alignment(rows: Placed, alignment: Float[Tensor, " M"] | None) -> Float[Tensor, " N"]:
-    """Of each answer, the mean over its scored tokens."""
-    assert alignment is not None, "it was asked for"
-    return rows.table(alignment).sum(-1) / rows.lengths.clamp(min=1)
+def per_answer(rows: Placed, values: Float[Tensor, " M"]) -> Float[Tensor, " N"]:
+    """Of each answer, the sum over its scored tokens."""
+    return rows.table(values).sum(-1)
 
 
 def repeated_layers(model: nn.Module) -> list[nn.Module]:

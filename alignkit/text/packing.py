@@ -231,6 +231,18 @@ def lay_out(content: TextContent) -> Layout:
     return LAYOUTS[content.layout](content)
 
 
+Stretch = tuple[int, int, int]
+"""Where a sequence lies in a layout: its row, its first place, its tokens."""
+
+
+def stretches(layout: Layout) -> list[Stretch]:
+    """Where each answer with its prompt lies; answers that share one lie in several places."""
+    if not layout.groups:
+        return [(row, 0, end) for row, end in enumerate(layout.ends)]
+    assert not any(group.answers for group in layout.groups), "the answers share their prompts"
+    return [(0, group.start, group.prompt) for group in layout.groups]
+
+
 def positions_of(content: TextContent, layout: str) -> list[int]:
     """Positions that each group takes in a packed row, before what no answer needs is left out."""
     taken = [len(prompt) if layout == "prefix" else 0 for prompt in content.prompts]

@@ -17,6 +17,7 @@ from alignkit.text.formats import Rendered, left_open, single_bos
 log = logging.getLogger("alignkit")
 
 PAIR_IDS = ("prompt_ids", "chosen_ids", "rejected_ids")
+SUPERVISED_IDS = ("prompt_ids", "completion_ids")
 
 
 def ids_of(row: Mapping[str, Any], column: str) -> Ids:
@@ -69,7 +70,7 @@ class Splitter:
         The prompt ends where the ids of prompt and answers part. Where the tokenizer merges the
         prompt's last characters with an answer's first, that token belongs to the completion.
         """
-        full = [self._closed(tokens[text, item.chat], item) for text in item.full]
+        full = [self.closed(tokens[text, item.chat], chat=item.chat) for text in item.full]
         known = full
         if item.prompt is not None:
             prompt = tokens[item.prompt, item.chat]
@@ -84,9 +85,9 @@ class Splitter:
         boundary = min(boundary, *(len(one) - 1 for one in full))
         return full[0][:boundary], tuple(one[boundary:] for one in full)
 
-    def _closed(self, ids: Ids, item: Rendered) -> Ids:
+    def closed(self, ids: Ids, *, chat: bool) -> Ids:
         """Plain text ends with eos and begins with bos once; a chat template places them itself."""
-        if item.chat:
+        if chat:
             return ids
         ids = single_bos(self.tokenizer, ids)
         if self.eos is not None and (len(ids) == 0 or ids[-1] != self.eos):

@@ -20,12 +20,14 @@ from alignkit.options import GenerationOptions, LoRA, TextOptions
 from alignkit.protocols import Wing
 from alignkit.rows import read_rows
 from alignkit.text.backend import TextBackend
-from alignkit.text.data import TextExamples, read_examples
+from alignkit.text.data import read_examples
+from alignkit.text.examples import TextExamples
 from alignkit.text.formats import left_open, prompt_of, prompt_text, render_prompt
 from alignkit.text.generation import generate, is_cut
 from alignkit.text.handed import State, base_of, evaluating, max_positions, uncompiled
 from alignkit.text.likelihood import TextLikelihood
 from alignkit.text.loading import load, refuse_other_models
+from alignkit.text.noise import embedding_of
 from alignkit.text.policy import attach, checkpoint_layers, checkpointing_obstacle, detach
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -39,6 +41,7 @@ def build(
     precision: str = "fp32",
     gradient_checkpointing: bool | str = False,
     seed: int = 0,
+    neftune_alpha: float | None = None,
     beside: Wing | None = None,
 ) -> TextWing:
     """Load a causal language model and mark what is trained.
@@ -51,6 +54,7 @@ def build(
             weights are float32 in any case. Frozen weights in hand keep their dtype.
         gradient_checkpointing: recompute block activations in backward; "auto" does so on GPUs.
         seed: of the adapter's initial weights.
+        neftune_alpha: strength of the noise on the embeddings of training forwards.
         beside: the policy's wing, if this model is its reference.
 
     Raises:
@@ -60,6 +64,8 @@ def build(
     masters = adapter is None if beside is None else beside.adapter == "none"
     model, tokenizer = load(policy, dtype=dtype, masters=torch.float32 if masters else dtype)
     refuse_other_models(model)
+    if neftune_alpha is not None:
+        embedding_of(model)
     before = State(model, gradients=isinstance(policy, (tuple, list)))
     dtypes = {} if beside is not None else {p: p.dtype for p in model.parameters()}
     kind = "none"
@@ -79,6 +85,7 @@ def build(
     wing = TextWing(
         model, tokenizer, module, adapter=kind, before=before, dtypes=dtypes, added=adapter
     )
+    wing.backend.neftune_alpha = neftune_alpha
     if gradient_checkpointing == "auto":
         on_gpu = torch.device(device).type == "cuda"
         gradient_checkpointing = on_gpu and checkpointing_obstacle(model) is None
@@ -138,10 +145,18 @@ class TextWing:
     def trained_adapters(self) -> list[str]:
         return active_adapters(self.policy)
 
-    def examples(self, data: Any, options: TextOptions, *, kind: str, seed: int) -> TextExamples:
+    def examples(
+        self,
+        data: Any,
+        options: TextOptions,
+        *,
+        kind: str,
+        seed: int,
+        loss_on: str = "completion",
+    ) -> TextExamples:
         check_kind(kind)
         rows = read_rows(data, columns=options.columns)
-        examples = read_examples(rows, self.tokenizer, options, kind)
+        examples = read_examples(rows, self.tokenizer, options, kind, loss_on)
         self._check_fit(examples)
         self.chat = examples.chat
         self.backend.choose(options.packing)

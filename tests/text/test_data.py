@@ -15,7 +15,8 @@ import torch
 from alignkit.errors import ConfigError, DataError
 from alignkit.options import TextOptions
 from alignkit.rows import read_rows
-from alignkit.text.data import TextExamples, read_examples
+from alignkit.text.data import read_examples
+from alignkit.text.examples import TextExamples
 from tests.builders import pair_rows, text_wing, tiny_tokenizer
 
 EOS, BOS = 3, 1

@@ -1,22 +1,16 @@
-"""The methods that `align()` knows: what to optimise, named by the caller and never guessed.
-
-A method is a frozen value. It says what it needs and which paper it is; the objective it becomes is
-built by the roof. Nothing heavy is imported here.
-"""
+"""Preference optimisation from data: of pairs and rankings, and of single labelled answers."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, fields
-from types import MappingProxyType
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
-from alignkit.errors import ConfigError, refuse_unknown
-from alignkit.ranges import finite, not_negative, positive, share
+from alignkit.errors import ConfigError
+from alignkit.methods.common import Timesteps, TimestepWeighting, as_timesteps, fill, shown
+from alignkit.ranges import not_negative, share
 
 Divergence = Literal["reverse_kl", "forward_kl", "js_divergence", "alpha"]
-TimestepWeighting = Literal["uniform", "min_snr", "elbo", "nats"]
-Timesteps = Literal["turbo"] | tuple[int, ...] | None
 
 
 @dataclass(frozen=True, init=False, repr=False)
@@ -88,7 +82,7 @@ class DPO:
         safeguard: float | None = None,
         **keywords: Any,
     ) -> None:
-        _fill(
+        fill(
             self,
             keywords,
             loss=loss,
@@ -99,7 +93,7 @@ class DPO:
             ld_alpha=ld_alpha,
             anchor=anchor,
             timestep_weighting=timestep_weighting,
-            timesteps=_timesteps(timesteps),
+            timesteps=as_timesteps(timesteps),
             safeguard=safeguard,
         )
         not_negative("method", anchor=anchor)
@@ -109,7 +103,7 @@ class DPO:
             raise ConfigError("method.safeguard must be below 1, where no rejected image counts.")
 
     def __repr__(self) -> str:
-        return _shown(self)
+        return shown(self)
 
 
 @dataclass(frozen=True, init=False, repr=False)
@@ -155,7 +149,7 @@ class KTO:
         timesteps: Timesteps = None,
         **keywords: Any,
     ) -> None:
-        _fill(
+        fill(
             self,
             keywords,
             loss=loss,
@@ -163,76 +157,11 @@ class KTO:
             desirable_weight=desirable_weight,
             undesirable_weight=undesirable_weight,
             timestep_weighting=timestep_weighting,
-            timesteps=_timesteps(timesteps),
+            timesteps=as_timesteps(timesteps),
         )
         not_negative(
             "method", desirable_weight=desirable_weight, undesirable_weight=undesirable_weight
         )
 
     def __repr__(self) -> str:
-        return _shown(self)
-
-
-Method = DPO | KTO
-
-METHODS: Mapping[str, type[Method]] = MappingProxyType({cls.name: cls for cls in (DPO, KTO)})
-"""Name in YAML -> method."""
-
-
-def methods() -> list[dict[str, str]]:
-    """Every method with its paper and what it needs."""
-    return [
-        {"name": name, "class": cls.__name__, "paper": cls.paper, "needs": cls.needs}
-        for name, cls in METHODS.items()
-    ]
-
-
-def modifiers(method: Method) -> dict[str, Any]:
-    """The options of a method, apart from its losses and beta, that are not at their defaults."""
-    names = [f.name for f in fields(method) if f.name not in ("loss", "beta", "keywords")]
-    given = {name: getattr(method, name) for name in names}
-    return {name: value for name, value in given.items() if value != getattr(type(method), name)}
-
-
-def _fill(method: Method, keywords: Mapping[str, Any], **values: Any) -> None:
-    """Set the fields of a frozen method, after the checks that all methods share."""
-    loss, beta = values["loss"], values["beta"]
-    positive("method", beta=beta)
-    finite("method", beta=beta)
-    if isinstance(loss, Mapping):
-        values["loss"] = MappingProxyType(_weights(loss))
-    elif not (isinstance(loss, str) or callable(loss)):
-        raise ConfigError(
-            "method.loss must be a name of a loss, a mapping from names to weights, or a function "
-            f"of scores; got {type(loss).__name__}."
-        )
-    values["beta"] = None if beta is None else float(beta)
-    values["keywords"] = MappingProxyType(dict(keywords))
-    for name, value in values.items():
-        object.__setattr__(method, name, value)
-
-
-def _timesteps(given: Any) -> Any:
-    """A list of timesteps as a tuple; anything else as it is, for the check of its type."""
-    if isinstance(given, str):
-        refuse_unknown("timesteps", given, ("turbo",))
-    return tuple(given) if isinstance(given, Sequence) and not isinstance(given, str) else given
-
-
-def _weights(loss: Mapping[str, float]) -> dict[str, float]:
-    if not loss:
-        raise ConfigError("method.loss as a mapping needs at least one loss; got {}.")
-    for name, weight in loss.items():
-        positive("method.loss", **{str(name): weight})
-    return {str(name): float(weight) for name, weight in loss.items()}
-
-
-def _shown(method: Method) -> str:
-    loss: Any = method.loss
-    if isinstance(loss, Mapping):
-        loss = dict(loss)
-    elif not isinstance(loss, str):
-        loss = getattr(loss, "__name__", getattr(loss, "name", "custom"))
-    given = {"loss": loss, "beta": method.beta, **modifiers(method), **method.keywords}
-    listed = ", ".join(f"{key}={value!r}" for key, value in given.items())
-    return f"{type(method).__name__}({listed})"
+        return shown(self)
