@@ -171,7 +171,7 @@ class Run:
         if self.writes:
             assert self.folder is not None
             self.folder.append_metrics(line)
-        if self.runtime.is_main and self.eval_sources:
+        if self.runtime.is_main and any(name.startswith("eval/") for name in line):
             self._alarm.look(self.history)
         if record.metrics and self.config.trainer.trackers:
             values = {k: v for k, v in line.items() if k != "step"}

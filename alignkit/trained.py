@@ -12,6 +12,7 @@ from alignkit.errors import ConfigError
 from alignkit.options import GenerationOptions, LoRA
 from alignkit.parts import MODALITIES, modality_of
 from alignkit.protocols import Wing
+from alignkit.result import AlignResult
 from alignkit.runtime import Runtime, pick_precision
 from alignkit.schema import build as build_options
 from alignkit.yaml_file import read_yaml
@@ -56,7 +57,14 @@ class Source:
 
 
 def source_of(given: Any) -> Source:
-    """The model that a run folder, model folder, hub name or objects in memory stand for."""
+    """The model that a run folder, its result, a model folder, a hub name or objects in memory
+    stand for.
+
+    Raises:
+        ConfigError: a run folder does not say what its adapter belongs to.
+    """
+    if isinstance(given, AlignResult) and given.run_dir is not None:
+        given = given.run_dir
     if not isinstance(given, (str, Path)):
         one = given[0] if isinstance(given, (tuple, list)) else given
         return Source(type(one).__name__, given)
@@ -70,6 +78,11 @@ def source_of(given: Any) -> Source:
     whole = ("config.json", "adapter_config.json", "model_index.json")
     if any((model / name).is_file() for name in whole) or not told:
         return plain
+    if str(told["policy"]).startswith("<"):
+        raise ConfigError(
+            f"The adapter in {model} was trained on a pipeline in memory, and no file says "
+            "where that lies. Load it onto its base, and give the pipeline."
+        )
     # An image adapter's folder does not name its base.
     return replace(plain, policy=told["policy"], adapter=LoRA(continue_from=str(model)))
 

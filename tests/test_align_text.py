@@ -23,7 +23,7 @@ from alignkit import (
 )
 from alignkit.errors import ConfigError
 from alignkit.losses import PairScores
-from tests.builders import pair_rows, tiny_lm, tiny_tokenizer
+from tests.builders import pair_rows, text_wing, tiny_lm, tiny_tokenizer
 
 SHORT = GenerationOptions(max_new_tokens=4)
 PROMPTS = ["What is the sky?", "Name an animal that lives in the old forest.", "Tea?"]
@@ -331,3 +331,40 @@ def test_a_model_that_an_adapter_was_laid_into_is_refused() -> None:
             build((model, tokenizer), DPO(), pair_rows(4), adapter=adapter, trainer=options())
     again = build((result.model, tokenizer), DPO(), pair_rows(4), trainer=options())
     assert again.wing.adapter == "continued"
+
+
+def test_samples_are_followed_and_their_lengths_told(tmp_path) -> None:
+    result = align(
+        policy(),
+        DPO(),
+        pair_rows(8),
+        trainer=options(max_steps=4, sample_every=2, log_every=1),
+        generation=GenerationOptions(max_new_tokens=5),
+        run_dir=tmp_path,
+    )
+    told = {line["step"]: line for line in result.history if "samples/cut" in line}
+    assert sorted(told) == [2, 4]
+    lines = (tmp_path / "samples/step-000004.jsonl").read_text().splitlines()
+    rows = [json.loads(one) for one in lines]
+    tokens = sorted(row["tokens"] for row in rows)
+    assert all(1 <= n <= 5 for n in tokens) and told[4]["samples/tokens_max"] == tokens[-1]
+    assert told[4]["samples/cut"] == sum(row["cut"] for row in rows) / len(rows)
+    for row in rows:  # an answer is cut only where it used up its limit
+        assert row["tokens"] == 5 or not row["cut"]
+    page = (tmp_path / "report.html").read_text()
+    assert page.count("before training") >= 2 + len(rows), "table, lengths, and every course"
+    assert "The same prompts through training" in page and "Length of samples in tokens" in page
+
+
+def test_an_answer_is_cut_where_nothing_ended_it() -> None:
+    wing = text_wing("llama")
+    prompts = ["What is the colour of the sky?", "Name an animal."] * 6
+    found = wing.sample_counted(prompts, GenerationOptions(max_new_tokens=100), seed=3)
+    ended = [ids[-1] == wing.tokenizer.eos_token_id for ids in found.answer_ids]
+    assert found.cut == [not one for one in ended] and any(ended) and not all(ended)
+    assert found.answers == wing.sample(prompts, GenerationOptions(max_new_tokens=100), seed=3)
+    # A stop string ends an answer, too, even in the last token that there is room for.
+    first = wing.tokenizer.decode(found.answer_ids[0][:1])
+    stopped = GenerationOptions(max_new_tokens=1, stop=(first,))
+    assert wing.sample_counted(prompts[:1], stopped, seed=3).cut == [False]
+    assert wing.sample_counted(prompts[:1], GenerationOptions(max_new_tokens=1), seed=3).cut

@@ -45,6 +45,7 @@ COMMANDS = {
         "--precision",
         "--seed",
     },
+    "read-sheet": {"folder", "filled"},
     "methods": set(),
     "losses": {"--markdown"},
     "cite": {"file_or_method"},

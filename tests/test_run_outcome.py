@@ -72,6 +72,7 @@ def test_the_model_is_pushed_with_its_card(hub: type[FakeHub], tmp_path: Path) -
     assert {"README.md", "adapter_config.json", "adapter_model.safetensors"} <= sent["files"]
 
 
+@pytest.mark.slow
 def test_a_failed_push_leaves_a_finished_run(hub: type[FakeHub], tmp_path: Path) -> None:
     hub.fails = True
     with pytest.raises(CheckpointError, match=r"could not be pushed.*hf upload me/aligned"):

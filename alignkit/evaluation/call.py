@@ -18,8 +18,14 @@ from alignkit.evaluation.answers import (
     text_measures,
 )
 from alignkit.evaluation.asked import OFF, Asked, Opponent
-from alignkit.evaluation.edits import edit_strips
-from alignkit.evaluation.likelihoods import Measures, pair_measures, pair_numbers
+from alignkit.evaluation.edits import Strip, edit_measures, edit_strips
+from alignkit.evaluation.likelihoods import (
+    Measures,
+    pair_measures,
+    pair_numbers,
+    prompt_key,
+    same_tokens,
+)
 from alignkit.evaluation.page import Evaluation, refuse_other_files, write_evaluation
 from alignkit.evaluation.sheet import refuse_other_sheet, write_sheet
 from alignkit.methods import DPO
@@ -59,7 +65,7 @@ def evaluate(
     """Evaluate a model, against what it was trained from or against another one.
 
     Main arguments:
-        model: a run folder, a model folder, a hub name, `(model, tokenizer)` or a pipeline.
+        model: a run folder or result, a model folder, a hub name, `(model, tokenizer)`, a pipeline.
         against: the opponent, in the same forms; "auto" is what the run began with, or the model
             without its adapter; "none" is nobody; anything with `sample(prompts, options, *, seed)`
             answers, such as `alignkit_diffusion.BaseAndRefiner`.
@@ -191,6 +197,7 @@ class _Evaluator:
                 assert answers is not None
                 how: Any = (asked.edit, options, asked.seed)
                 strips = edit_strips(answers, self.model, self.opponent, *how)
+                measures |= self._of_edits(answers, strips)
         finally:
             self._give_back()
         return Evaluation(
@@ -217,11 +224,20 @@ class _Evaluator:
             measures |= judge_measures(answers, judge, name, self.warnings, **self.asked.how)
         return measures
 
+    def _of_edits(self, answers: Answers, strips: Sequence[Strip]) -> Measures:
+        """Win rates of what both sides edited."""
+        sides = [side.name for side in (self.opponent, self.model) if side is not None]
+        if self.reward is None or len(strips[0].rows) < 2:
+            return {}
+        name = name_of(self.asked.reward, self.reward)
+        given: Any = (answers.rows, self.asked.edit, sides, self.reward, name)
+        return edit_measures(strips, *given, **self.asked.how)
+
     def _of_texts(
         self, answers: Answers, objective: PreferenceObjective | None, options: GenerationOptions
     ) -> Measures:
         """Token counts; and likelihoods, if both sides read the same tokens."""
-        if objective is not None and not _same_tokens(*(wing.tokenizer for wing in self.wings)):
+        if objective is not None and not same_tokens(*(wing.tokenizer for wing in self.wings)):
             self.warnings.append(
                 "Model and opponent have different tokenizers: no KL, and no fluency under the "
                 "opponent."
@@ -257,7 +273,7 @@ class _Evaluator:
     def _on_pairs(self, objective: PreferenceObjective | None) -> Measures:
         if objective is None:
             return {}
-        if not _same_tokens(*(wing.tokenizer for wing in self.wings)):
+        if not same_tokens(*(wing.tokenizer for wing in self.wings)):
             raise ConfigError(
                 "Held-out pairs are scored token by token, and model and opponent have different "
                 "tokenizers. Leave data out and compare answers to prompts, or give an opponent of "
@@ -272,23 +288,7 @@ class _Evaluator:
         for other in self.wings[1:]:
             other.chat = wing.chat
         found = pair_numbers(objective, examples, options.eval_draws, self.runtime)
-        prompts = [_prompt_key(rows[number]) for number in found.row_id.tolist()]
+        prompts = [prompt_key(rows[number]) for number in found.row_id.tolist()]
         backend = wing.backend
         scale = backend.error_scale if isinstance(backend, DrawsInStrata) else None
         return pair_measures(found, prompts, scale, **self.asked.how)
-
-
-def _same_tokens(*tokenizers: Any) -> bool:
-    """Whether both read and write the same ids; pictures have none."""
-    first, *rest = tokenizers
-    return all(
-        one is first or (first is not None and one.get_vocab() == first.get_vocab()) for one in rest
-    )
-
-
-def _prompt_key(row: Row) -> str:
-    """What pairs of one prompt share; a pair without a prompt column is its own."""
-    for column in ("prompt", "prompt_ids", "caption"):
-        if column in row:
-            return repr(row[column])
-    return repr(row)

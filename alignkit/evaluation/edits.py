@@ -14,7 +14,12 @@ from PIL import Image, ImageDraw
 from alignkit.capabilities import EditsPictures
 from alignkit.errors import ConfigError, DataError
 from alignkit.evaluation.answers import Answers, Side
+from alignkit.evaluation.likelihoods import Measures
+from alignkit.evaluation.scoring import Rows, scores_of
+from alignkit.facts import EvaluationRow
 from alignkit.options import GenerationOptions
+from alignkit.protocols import Reward
+from alignkit.statistics import preference_rate, preferences
 
 MOST = 8
 """Prompts whose pictures are edited."""
@@ -87,6 +92,41 @@ def edit_strips(
         for way, sides in found.items()
         for place, prompt in enumerate(prompts)
     ]
+
+
+def edit_measures(
+    strips: Sequence[Strip],
+    rows: Rows,
+    strengths: Sequence[float],
+    sides: tuple[str, str],
+    reward: Reward,
+    name: str,
+    **how: Any,
+) -> Measures:
+    """Win rates of the second side's edited pictures, by way and strength.
+
+    Args:
+        strips: of `edit_strips`.
+        rows: of the prompts.
+        strengths: that were asked for.
+        sides: names of the opponent and the model.
+        reward: scores pictures; name: what it is called.
+        how: confidence, resamples and seed of the intervals.
+    """
+    measures: Measures = {}
+    for way in dict.fromkeys(strip.way for strip in strips):
+        own = [strip for strip in strips if strip.way == way]
+        asked, prompts = rows[: len(own)], [strip.prompt for strip in own]
+        for place, strength in enumerate(strengths):
+            scores = [
+                scores_of(reward, name, prompts, [one.rows[side][place] for one in own], asked)[""]
+                for side in sides
+            ]
+            rate = preference_rate(preferences(*scores), prompts=prompts, **how)
+            words = f"win rate of {way} at strength {strength:g}, by {name}"
+            key = f"win_rate/{way.replace(' ', '_')}_{strength:g}"
+            measures[key] = EvaluationRow.of(words, rate)
+    return measures
 
 
 def centre(picture: Any) -> Any:

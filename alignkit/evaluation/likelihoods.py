@@ -15,6 +15,7 @@ from alignkit.examples import Examples
 from alignkit.facts import EvaluationRow
 from alignkit.intervals import Floats
 from alignkit.objectives.preference import PreferenceObjective
+from alignkit.rows import Row
 from alignkit.sources import RowSource
 from alignkit.statistics import mean, preference_rate, preferences
 
@@ -144,3 +145,19 @@ def _mean_inside(values: Floats) -> Floats:
     count = there.sum(axis=1)
     sums = np.where(there, values, 0.0).sum(axis=1)
     return np.where(count > 0, sums / np.maximum(count, 1), np.nan)
+
+
+def same_tokens(*tokenizers: Any) -> bool:
+    """Whether both read and write the same ids; pictures have none."""
+    first, *rest = tokenizers
+    return all(
+        one is first or (first is not None and one.get_vocab() == first.get_vocab()) for one in rest
+    )
+
+
+def prompt_key(row: Row) -> str:
+    """What pairs of one prompt share; a pair without a prompt column is its own."""
+    for column in ("prompt", "prompt_ids", "caption"):
+        if column in row:
+            return repr(row[column])
+    return repr(row)

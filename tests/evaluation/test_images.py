@@ -18,6 +18,7 @@ from alignkit_diffusion import build as build_wing
 from alignkit_diffusion.generation import image_generator
 from tests.image.conftest import BUILD, SIZES, make_pipeline, picture
 from tests.image.test_held_out import one_by_one
+from tests.test_report import Page
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:__array__ implementation doesn't accept a copy:DeprecationWarning"
@@ -127,6 +128,13 @@ def test_edits_are_those_of_the_pipelines_own(run: Path, found: Any) -> None:
     assert len(model) == 2 and not np.array_equal(np.asarray(model[0]), np.asarray(got))
 
 
+def test_edited_pictures_are_compared_by_the_reward(run: Path, found: Any) -> None:
+    base, strips = str(run.parent / "base"), found.strips[:2]
+    won = [red(0, one.rows[found.model], 0)[1] > red(0, one.rows[base], 0)[1] for one in strips]
+    assert found.metrics["win_rate/image_to_image_1"] == np.mean(won)
+    assert found.measures["win_rate/inpainting_0.3"].num == 2
+
+
 def test_inpainting_keeps_what_the_mask_leaves(found: Any) -> None:
     strip = found.strips[2]
     assert strip.way == "inpainting"
@@ -134,9 +142,12 @@ def test_inpainting_keeps_what_the_mask_leaves(found: Any) -> None:
 
 
 def test_the_page_shows_all_of_it(found: Any) -> None:
-    page = found.page.read_text()
-    assert "strength 0.3" in page and "&lt;b&gt;cat&lt;/b&gt;" in page and "<b>cat" not in page
-    assert page.count("<img") == 4 + 4 + 4 * 4
+    page = Page(found.page)
+    assert "strength 0.3" in page.text and "<b>cat</b>" in page.text
+    assert "b" not in {tag for tag, _ in page.tags}, "prompts are escaped"
+    # Two prompts by two sides; two ways of editing each at two strengths by two sides.
+    assert len(page.pictures()) == 2 * 2 + 2 * 2 + 2 * 2 * 2 * 2
+    assert all(attributes["alt"] for attributes in page.pictures())
     told = json.loads((found.folder / "evaluation.json").read_text())
     assert told["modality"] == "image" and told["settings"]["edit"] == [0.3, 1.0]
     assert (found.folder / "before" / "0000.png").is_file()

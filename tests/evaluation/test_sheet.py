@@ -8,7 +8,9 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
+from typer.testing import CliRunner
 
+from alignkit.cli import app
 from alignkit.errors import ConfigError, DataError
 from alignkit.evaluation import fill_sheet, read_sheets
 from alignkit.evaluation.answers import Answers
@@ -86,6 +88,8 @@ def test_majorities_of_five_and_win_rates(tmp_path: Path) -> None:
     assert row.low is not None and row.low < row.value < row.high
     assert found.labels == {"general": 25, "alignment": 0}
     assert list(found.measures) == ["general"] and found.short == 12, "nobody answered the other"
+    told = CliRunner().invoke(app, ["read-sheet", str(folder)]).stdout
+    assert f"{100 * row.value:.1f} %" in told and "12 items have fewer labels" in told
 
 
 def test_csv_as_people_write_it(tmp_path: Path) -> None:

@@ -17,7 +17,9 @@ from alignkit import DPO, GenerationOptions, LoRA, TextOptions, TrainerOptions, 
 from alignkit.api import sample
 from alignkit.errors import ConfigError, DataError
 from alignkit.statistics import win_rate
+from alignkit.trained import source_of
 from tests.builders import pair_rows, text_wing, tiny_lm, tiny_tokenizer
+from tests.test_report import Page
 
 PROMPTS = ["What is the colour of the sky?", "Name an animal.", "<script>alert('x')</script>"]
 SHORT = GenerationOptions(max_new_tokens=12)
@@ -41,7 +43,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     model, tokenizer = tiny_lm("llama"), tiny_tokenizer()
     model.save_pretrained(root / "base")
     tokenizer.save_pretrained(root / "base")
-    align(
+    result = align(
         str(root / "base"),
         DPO(),
         pair_rows(8),
@@ -53,6 +55,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     base = AutoModelForCausalLM.from_pretrained(root / "base")
     get_peft_model(base, LoraConfig(r=2, target_modules=["q_proj"])).save_pretrained(root / "blank")
     tokenizer.save_pretrained(root / "blank")
+    assert source_of(result) == source_of(root / "run")
     return {name: root / name for name in ("base", "run", "blank")}
 
 
@@ -116,9 +119,12 @@ def test_what_is_written(found: Any) -> None:
     lines = [json.loads(one) for one in (found.folder / "answers.jsonl").read_text().splitlines()]
     assert [line["prompt"] for line in lines] == PROMPTS
     assert lines[1]["length before"] is None and lines[0]["length after"] is not None
-    page = found.page.read_text()
-    assert "<script>" not in page and "&lt;script&gt;" in page
-    assert "win rate over the opponent, by length" in page
+    page = Page(found.page)  # every tag is closed
+    assert not {"script", "a", "link", "iframe"} & {tag for tag, _ in page.tags}
+    assert PROMPTS[2] in page.text and "win rate over the opponent, by length" in page.text
+    assert found.answers.after[0][:10].strip() in page.text
+    sheet = Page(found.folder.parent / "sheet" / "index.html")
+    assert "script" not in {tag for tag, _ in sheet.tags} and PROMPTS[2] in sheet.text
     assert (found.folder.parent / "sheet" / "key.json").is_file()
     assert "held-out accuracy" in str(found)
 
