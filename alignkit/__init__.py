@@ -44,6 +44,7 @@ if TYPE_CHECKING:
     from alignkit.api import AlignResult, Run, align, build
     from alignkit.cite import citations
     from alignkit.evaluation import Evaluation, SheetResult, evaluate, fill_sheet, read_sheets
+    from alignkit.export import export_merged
     from alignkit.labeller import sample_preferences
     from alignkit.length_control import length_controlled_win_rate
     from alignkit.precompute import precompute_reference
@@ -85,6 +86,7 @@ __all__ = [
     "cache_reference",
     "citations",
     "evaluate",
+    "export_merged",
     "fill_sheet",
     "length_controlled_win_rate",
     "methods",
@@ -112,6 +114,7 @@ _LAZY = {
     "build": "alignkit.api",
     "cache_reference": "alignkit.ahead",
     "citations": "alignkit.cite",
+    "export_merged": "alignkit.export",
     "precompute_reference": "alignkit.precompute",
     "sample_preferences": "alignkit.labeller",
 }

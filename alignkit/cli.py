@@ -10,7 +10,7 @@ import typer
 from typer.core import TyperGroup
 
 from alignkit import __version__
-from alignkit.commands import cache, doctor, evaluate, label, listing, read_sheet
+from alignkit.commands import cache, doctor, evaluate, export, label, listing, read_sheet
 from alignkit.errors import AlignkitError
 
 
@@ -157,6 +157,7 @@ app.add_typer(label.app, name="label")
 app.add_typer(doctor.app, name="doctor")
 app.command()(evaluate.evaluate)
 app.command("read-sheet")(read_sheet.read_sheet)
+app.command()(export.export)
 app.command("methods")(listing.list_methods)
 app.command("losses")(listing.list_losses)
 app.command()(listing.cite)

@@ -127,11 +127,12 @@ def describe(method: Method, modality: str) -> dict[str, Any]:
     }
 
 
-def modifiers_of(method: Preference) -> Modifiers:
-    """What changes the losses of a method."""
+def modifiers_of(method: Preference, router: float = 0.0) -> Modifiers:
+    """What changes the losses of a method; `router` is the weight of the experts' balance."""
     if isinstance(method, KTO):
-        return Modifiers()
+        return Modifiers(router=router)
     return Modifiers(
+        router=router,
         ld_alpha=method.ld_alpha,
         wpo=method.weighting == "wpo",
         anchor=method.anchor,

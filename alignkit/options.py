@@ -63,6 +63,8 @@ class TrainerOptions:
         save_every: steps between checkpoints; None saves none but the finished model.
         keep_best: name of an evaluation metric, such as "eval/rewards/accuracies"; the best
             checkpoint is kept beside the newest ones.
+        router_aux_loss_coef: weight of the load-balancing loss of a mixture of experts, over the
+            real tokens of each micro-batch; "model" is the weight in the model's config.
         trackers: accelerate's tracker names, such as "tensorboard" or "wandb".
     """
 
@@ -92,6 +94,7 @@ class TrainerOptions:
     early_stop: EarlyStop | None = None
     trackers: tuple[str, ...] = ()
     push_to_hub: str | None = None
+    router_aux_loss_coef: float | Literal["model"] | None = None
 
     def __post_init__(self) -> None:
         if self.max_steps is not None and self.epochs is not None:
@@ -109,6 +112,8 @@ class TrainerOptions:
             share("trainer", ema=self.ema)
             if self.ema == 1:
                 raise ConfigError("trainer.ema must be below 1, where the average never moves.")
+        if self.router_aux_loss_coef != "model":
+            not_negative("trainer", router_aux_loss_coef=self.router_aux_loss_coef)
         not_negative("trainer", warmup=self.warmup, weight_decay=self.weight_decay)
         if isinstance(self.warmup, float) and self.warmup > 1:
             raise ConfigError(
@@ -268,6 +273,8 @@ class LoRA:
             images; or "attention", "attention+ff", "all", or module names.
         kind: "lora", "dora" (2402.09353) or "rslora" (2312.03732; scale alpha / sqrt(rank)).
         continue_from: an adapter folder to go on from. The reference is then that adapter's start.
+        quantization: "4bit" stores the base under the adapter as NF4 (QLoRA, 2305.14314). Language
+            models from a folder or the hub, on CUDA with bitsandbytes; not run on real hardware.
     """
 
     rank: int = 16
@@ -276,6 +283,7 @@ class LoRA:
     targets: str | Sequence[str] = "auto"
     kind: Literal["lora", "dora", "rslora"] = "lora"
     continue_from: str | None = None
+    quantization: Literal["4bit"] | None = None
 
     def __post_init__(self) -> None:
         positive("adapter", rank=self.rank, alpha=self.alpha)

@@ -223,6 +223,13 @@ def build_objective(
     return objective, resolved
 
 
+def _router(config: RunConfig, wing: Wing) -> float:
+    """The weight of the balance of the policy's experts."""
+    wanted = config.trainer.router_aux_loss_coef
+    routers: Any = getattr(wing.backend.module, "routers", None)
+    return 0.0 if wanted is None else routers.coefficient(wanted)
+
+
 def _preference(config: RunConfig, wing: Wing, runtime: Runtime) -> tuple[Built, dict[str, Any]]:
     method = config.method
     assert not isinstance(method, SFT)
@@ -240,7 +247,7 @@ def _preference(config: RunConfig, wing: Wing, runtime: Runtime) -> tuple[Built,
         wing.backend,
         reference,
         criterion,
-        modifiers=modifiers_of(method),
+        modifiers=modifiers_of(method, _router(config, wing)),
         seed=config.seed,
         budget=config.trainer.micro_batch,
     )
@@ -259,6 +266,7 @@ def _supervised(config: RunConfig, wing: Wing, runtime: Runtime) -> tuple[Built,
         loss_on=method.loss_on if text else None,
         tokens=text,
         scale=2.0 if halved else 1.0,
+        router=_router(config, wing),
         seed=config.seed,
         budget=config.trainer.micro_batch,
     )

@@ -7,6 +7,7 @@ under autocast themselves, so that policy and reference compute alike.
 
 from __future__ import annotations
 
+import os
 import resource
 import sys
 from collections.abc import Iterable, Sequence
@@ -39,6 +40,7 @@ class Runtime:
         trackers: Sequence[str] = (),
         logging_dir: str | None = None,
     ) -> None:
+        _refuse_engines()
         from accelerate import Accelerator
         from accelerate.utils import DistributedDataParallelKwargs
 
@@ -207,6 +209,28 @@ def _shard(module: nn.Module, mesh: Any, reshard_root: bool | None = None) -> nn
     if hasattr(module, "within"):
         register_fsdp_forward_method(module, "within")
     return module
+
+
+_ENGINES = {
+    "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
+    "ACCELERATE_USE_FSDP": "accelerate's FSDP",
+    "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
+}
+"""What `accelerate launch` sets -> the engine that it asks for."""
+
+
+def _refuse_engines() -> None:
+    """Engines that own backward and update: losses here are sums that are divided once, over all
+    processes, and a coupled loss takes two passes, which they have no place for.
+    """
+    for variable, engine in _ENGINES.items():
+        if os.environ.get(variable, "false").lower() in ("true", "1"):
+            raise ConfigError(
+                f"This run was launched with {engine}, which runs backward, clipping and update "
+                "itself and scales the loss by its own rules. Launch with --multi_gpu (or "
+                "configs/launch/8_gpus.yaml) and write trainer.sharding='fsdp2': like ZeRO-3 it "
+                "shards weights, gradients and optimizer state over all processes."
+            )
 
 
 def pick_precision(wanted: str) -> str:

@@ -3,7 +3,10 @@ proof ledger."""
 
 from __future__ import annotations
 
+import atexit
 import os
+import shutil
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,6 +19,8 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("MPLBACKEND", "Agg")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ["ALIGNKIT_CACHE"] = tempfile.mkdtemp(prefix="alignkit-tests-")
+atexit.register(shutil.rmtree, os.environ["ALIGNKIT_CACHE"], ignore_errors=True)
 
 LEDGER = pytest.StashKey[Ledger]()
 

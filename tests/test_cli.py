@@ -50,6 +50,7 @@ COMMANDS = {
     "losses": {"--markdown"},
     "cite": {"file_or_method"},
     "schema": set(),
+    "export": {"run_or_model", "--merged", "--base"},
     "cache reference": {"config_or_model", "rest", "--folder"},
     "label images": {"data", "--scorer", "--out", "--device", "--column"},
     "label samples": {

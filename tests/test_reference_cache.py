@@ -168,7 +168,7 @@ def test_another_model_is_not_even_loaded_when_all_is_known(where, tmp_path, mon
     plain = losses(other)
     assert losses(CachedReference(other)) == close(plain)
     if where == "folder":
-        monkeypatch.setattr(loading, "_whole", None)
+        monkeypatch.setattr(loading, "load_whole", None)
     assert losses(CachedReference(other), trainer=replace(THREE, learning_rate=1e-4)) != plain
     if where == "folder":
         with pytest.raises(TypeError), monkeypatch.context() as patch:

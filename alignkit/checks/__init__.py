@@ -15,6 +15,8 @@ from alignkit.checks.trainer import (
     check_evaluation,
     check_hardware,
     check_outlets,
+    check_quantization,
+    check_router,
     check_run_folder,
 )
 from alignkit.errors import ConfigError
@@ -57,10 +59,13 @@ def check(config: RunConfig, modality: str | None = None) -> None:
     check_method(config, modality)
     check_reference(config, modality)
     _check_adapter(config)
+    if config.adapter is not None and config.adapter.quantization is not None:
+        check_quantization(config.trainer, modality)
     _check_data_options(config, modality)
     _check_generation(config, modality)
     check_evaluation(config)
     check_hardware(config.trainer, modality)
+    check_router(config.trainer, modality)
     check_outlets(config)
     check_run_folder(config)
 

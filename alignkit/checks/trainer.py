@@ -98,6 +98,49 @@ def check_hardware(trainer: TrainerOptions, modality: str | None) -> None:
         )
 
 
+def check_router(trainer: TrainerOptions, modality: str | None) -> None:
+    """The balance of experts: a language model's, seen by hooks."""
+    given = trainer.router_aux_loss_coef
+    if given is None:
+        return
+    if modality == "image":
+        raise ConfigError(
+            f"trainer.router_aux_loss_coef={given!r} balances the experts of a language model, and "
+            "a pipeline has none. Leave it out."
+        )
+    if trainer.compile:
+        raise ConfigError(
+            f"trainer.router_aux_loss_coef={given!r} listens to the routers, which compiled blocks "
+            "do not allow; got trainer.compile=True. Leave one of them out."
+        )
+
+
+def check_quantization(trainer: TrainerOptions, modality: str | None) -> None:
+    """A base in 4 bits: a language model's, on a GPU, whole on each process."""
+    if modality == "image":
+        raise ConfigError(
+            "adapter.quantization='4bit' is for language models; a UNet's convolutions stay as "
+            "they are. Leave it out."
+        )
+    if trainer.sharding != "none":
+        raise ConfigError(
+            f"adapter.quantization='4bit' packs weights into bytes, which are not sharded; got "
+            f"trainer.sharding={trainer.sharding!r}. Leave one of them out."
+        )
+    import torch
+
+    if not torch.cuda.is_available():
+        raise ConfigError(
+            "adapter.quantization='4bit' needs a CUDA GPU, and this machine has none. Leave it "
+            "out; the adapter then trains on the base in trainer.precision."
+        )
+    if find_spec("bitsandbytes") is None:
+        raise ConfigError(
+            "adapter.quantization='4bit' needs the package bitsandbytes, which is not installed. "
+            "Run pip install 'alignkit[quantization]'."
+        )
+
+
 def check_outlets(config: RunConfig) -> None:
     """Trackers and the hub: there, and within reach."""
     trainer = config.trainer

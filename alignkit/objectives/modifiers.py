@@ -22,6 +22,7 @@ from alignkit.losses.modifiers import (
 )
 
 PUBLIC, ALIGNMENT, OVERLAP, ERROR = "public", "alignment", "overlap", "error"
+ROUTER = "router"
 """Extras of `Likelihood`, see there."""
 
 
@@ -38,12 +39,15 @@ class Modifiers:
             the loss and leaves the number that sums are divided by.
         anchor: weight of the negative log-likelihood per token of the chosen answer.
         safeguard: SDPO: mu in [0, 1).
+        router: weight of the load-balancing loss of the policy's experts. It belongs to a whole
+            micro-batch, and is averaged over them by their rows' weights.
     """
 
     ld_alpha: float | None = None
     wpo: bool = False
     anchor: float = 0.0
     safeguard: float | None = None
+    router: float = 0.0
 
     @property
     def of_both(self) -> frozenset[str]:
@@ -55,7 +59,8 @@ class Modifiers:
         """Extras needed of the policy."""
         wpo = {ALIGNMENT} if self.wpo else set()
         safeguard = set() if self.safeguard is None else {OVERLAP, ERROR}
-        return self.of_both | wpo | safeguard
+        router = {ROUTER} if self.router else set()
+        return self.of_both | wpo | safeguard | router
 
     def likelihood(self, found: Likelihood) -> Likelihood:
         """With the tokens beyond the public length down-weighted."""
@@ -82,9 +87,13 @@ class Modifiers:
         chosen, rejected = (index.to(alignment.device) for index in batch.pairs())
         return wpo_weight(alignment[chosen], alignment[rejected])
 
-    def anchor_term(self, scores: Any) -> Tensor | None:
-        """(G,) the anchor's own term, or None."""
-        return self.anchor * anchor_loss(scores) if self.anchor else None
+    def own_term(self, scores: Any, batch: Batch, policy: Likelihood) -> Tensor | None:
+        """(G,) what is added to the losses: the anchor's term and the routers', or None."""
+        anchor = self.anchor * anchor_loss(scores) if self.anchor else None
+        if not self.router:
+            return anchor
+        router = self.router * policy.extras[ROUTER][: batch.num_groups]
+        return router if anchor is None else anchor + router
 
 
 def mean(value: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:

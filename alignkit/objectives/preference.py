@@ -26,7 +26,7 @@ from alignkit.losses import Loss, State
 from alignkit.objectives.criterion import Criterion, OwnLoss
 from alignkit.objectives.global_batch import couple
 from alignkit.objectives.kinds import Scores
-from alignkit.objectives.modifiers import Modifiers, mean
+from alignkit.objectives.modifiers import ROUTER, Modifiers, mean
 from alignkit.objectives.pieces import Micro, Scored, present
 from alignkit.objectives.strata import by_stratum, with_errors
 from alignkit.protocols import Backend, Collective, Key, Reference, Trainable
@@ -166,11 +166,13 @@ class PreferenceObjective:
         factor = modifiers.factor(batch, policy)
         if factor is not None:
             metrics["wpo/weight"] = mean(factor, batch.weights())
+        if modifiers.router:
+            metrics["router/aux_loss"] = mean(policy.extras[ROUTER][:1].detach(), torch.ones(1))
         return Scored(
             scores,
             batch.weights().to(policy.total.device, torch.float64, non_blocking=True),
             factor,
-            modifiers.anchor_term(plain),
+            modifiers.own_term(plain, batch, policy),
             reference,
             metrics,
         )

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from alignkit.batches import Batch, Likelihood, Metrics
 from alignkit.losses import SupervisedLoss
+from alignkit.objectives.modifiers import ROUTER
 from alignkit.objectives.pieces import Micro, present
 from alignkit.protocols import Backend, Trainable
 
@@ -35,6 +36,8 @@ class SupervisedObjective:
         loss_on: which tokens are scored, for a wing whose answers have several; the rows are read
             so.
         tokens: whether likelihoods are made of tokens, which have an accuracy and a perplexity.
+        router: weight of the load-balancing loss of the policy's experts, which belongs to a whole
+            micro-batch and is averaged over them by their tokens.
         scale: of the loss: 2 where a likelihood is minus half the error that is the loss.
         seed: of the draws.
         budget: rows per micro-batch, or "auto".
@@ -50,6 +53,7 @@ class SupervisedObjective:
         loss_on: str | None = None,
         tokens: bool = True,
         scale: float = 1.0,
+        router: float = 0.0,
         seed: int = 0,
         budget: int | str = "auto",
     ) -> None:
@@ -57,9 +61,12 @@ class SupervisedObjective:
         self.loss = loss
         self.tokens = tokens
         self.scale = scale
+        self.router = router
         self.seed = seed
         self.budget = budget
         self.requires = _NOTHING if loss.additive else _TOKENS
+        if router:
+            self.requires |= {ROUTER}
         self.reads = {"kind": "supervised"} | ({} if loss_on is None else {"loss_on": loss_on})
 
     @property
@@ -102,7 +109,12 @@ class SupervisedObjective:
         weight = _weight(micro.batch, found)
         total = (self._losses(found) * weight).sum()
         # Where the loss is another one than the likelihood's, that is worth a look beside it.
-        return total, {} if self.loss.additive else {"nll": self._nll(found, weight)}
+        metrics = {} if self.loss.additive else {"nll": self._nll(found, weight)}
+        if self.router:
+            aux = found.extras[ROUTER][0].double()
+            total = total + self.router * aux * (found.length.double() * weight).sum()
+            metrics["router/aux_loss"] = (aux.detach(), torch.ones_like(aux))
+        return total, metrics
 
     @torch.no_grad()
     def _nll(self, found: Likelihood, weight: Tensor) -> tuple[Tensor, Tensor]:

@@ -25,9 +25,10 @@ from alignkit.text.handed import base_of, evaluating
 from alignkit.text.head import Head
 from alignkit.text.noise import EmbeddingNoise, added
 from alignkit.text.packing import Placed, lay_out, stretches
+from alignkit.text.routing import Routers
 
 Answer = TypeVar("Answer")
-EXTRAS = frozenset({"token_logps", "token_mask", "public", "alignment", "correct"})
+EXTRAS = frozenset({"token_logps", "token_mask", "public", "alignment", "correct", "router"})
 
 
 class TextLikelihood(nn.Module):
@@ -46,6 +47,7 @@ class TextLikelihood(nn.Module):
         self.takes_positions = "position_ids" in forward.parameters
         self.train(False)
         self.head = Head(model)
+        self.routers = Routers(model)
         self.configs = configs_of(model)
 
     def shard_units(self) -> list[nn.Module]:
@@ -74,7 +76,7 @@ class TextLikelihood(nn.Module):
         answer, k the shortest length in its group, so that `total` less it is the rest's (LD-DPO);
         "alignment" (N,), detached, the mean over an answer's tokens of ln p(token) -
         ln sum_v p(v)^2 (WPO); "correct" (N,), how many scored tokens are the likeliest at their
-        place.
+        place; "router" (N,), the load-balancing loss of the batch's experts.
         """
         unknown = want - EXTRAS
         if unknown:
@@ -90,7 +92,9 @@ class TextLikelihood(nn.Module):
     ) -> Likelihood:
         device = next(self.model.parameters()).device
         rows = lay_out(batch.content).to(device)
-        with self._autocast(device), self._attention(rows), self._noise(draw, batch, rows):
+        routed = self.routers.recorded("router" in want)
+        noise = self._noise(draw, batch, rows)
+        with self._autocast(device), self._attention(rows), noise, routed:
             found = self.head(self._inputs(rows), rows.predicts, rows.targets, want)
         token_logps, mask = rows.table(found["logps"]), rows.mask()  # (N, K)
         made = {
@@ -99,6 +103,7 @@ class TextLikelihood(nn.Module):
             "public": lambda: public_logps(token_logps, mask, batch),
             "alignment": lambda: per_answer(rows, found["alignment"]) / rows.lengths.clamp(min=1),
             "correct": lambda: per_answer(rows, found["correct"]),
+            "router": lambda: self.routers.loss(rows.attention()).expand(len(rows.lengths)),
         }
         return Likelihood(
             total=token_logps.sum(-1),

@@ -19,7 +19,14 @@ _NO_CODE: dict[str, Any] = {"trust_remote_code": False}
 # Left out, it would ask on the terminal whether to run the code that a repository brings.
 
 
-def load(policy: Any, *, dtype: torch.dtype, masters: torch.dtype) -> tuple[Any, Any]:
+def load(
+    policy: Any,
+    *,
+    dtype: torch.dtype,
+    masters: torch.dtype,
+    quantization: str | None = None,
+    device: torch.device | str = "cpu",
+) -> tuple[Any, Any]:
     """(model, tokenizer) from a folder, a hub name, or the pair itself.
 
     A folder with a PEFT adapter is loaded on its base, trainable.
@@ -28,11 +35,20 @@ def load(policy: Any, *, dtype: torch.dtype, masters: torch.dtype) -> tuple[Any,
         policy: what to load.
         dtype: of the base under an adapter.
         masters: of a model without an adapter.
+        quantization: "4bit" stores the base in NF4 with doubly quantised scales (QLoRA,
+            2305.14314), and computes in `dtype`.
+        device: where a quantised base is loaded to.
 
     Raises:
         ConfigError: if it is none of these, lacks weights, or has no tokenizer.
     """
     if isinstance(policy, (tuple, list)):
+        if quantization is not None:
+            raise ConfigError(
+                f"adapter.quantization={quantization!r} quantises weights while they are loaded, "
+                "and this policy is in hand already. Give its folder or hub name, or load it with "
+                "a quantization_config yourself and leave quantization out."
+            )
         return _in_memory(policy)
     if not isinstance(policy, (str, Path)):
         raise ConfigError(
@@ -44,7 +60,8 @@ def load(policy: Any, *, dtype: torch.dtype, masters: torch.dtype) -> tuple[Any,
     try:
         folder = adapter_folder(name)
         if folder is None:
-            return _whole(name, masters), _tokenizer(name)
+            more = {} if quantization is None else _in_4_bits(dtype, device)
+            return load_whole(name, dtype if more else masters, **more), _tokenizer(name)
         return _on_its_base(folder, dtype)
     except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
         if isinstance(error, ConfigError):
@@ -82,11 +99,25 @@ def adapter_folder(name: str) -> Path | None:
     return Path(found).parent
 
 
-def _whole(name: str, dtype: torch.dtype) -> Any:
+def _in_4_bits(dtype: torch.dtype, device: torch.device | str) -> dict[str, Any]:
+    """What transformers is told to load linear layers as NF4."""
+    from transformers import BitsAndBytesConfig
+
+    config = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=dtype,
+    )
+    return {"quantization_config": config, "device_map": {"": torch.device(device)}}
+
+
+def load_whole(name: str, dtype: torch.dtype | str, **more: Any) -> Any:
+    """A model without an adapter, all of whose weights are there; `more` as `from_pretrained`."""
     from transformers import AutoModelForCausalLM
 
     model, told = AutoModelForCausalLM.from_pretrained(
-        name, dtype=dtype, use_safetensors=True, output_loading_info=True, **_NO_CODE
+        name, dtype=dtype, use_safetensors=True, output_loading_info=True, **_NO_CODE, **more
     )
     if told["missing_keys"]:
         some = sorted(told["missing_keys"])
@@ -109,9 +140,13 @@ def _on_its_base(folder: Path, dtype: torch.dtype) -> tuple[Any, Any]:
     for file in sorted(folder.glob(f"*/{ADAPTER_CONFIG}")):
         adapter_folder(str(file.parent))
         model.load_adapter(str(file.parent), adapter_name=file.parent.name)
-    if any(folder.glob("tokenizer*")):
-        return model, _tokenizer(str(folder))
-    return model, _tokenizer(model.peft_config[model.active_adapter].base_model_name_or_path)
+    base = model.peft_config[model.active_adapter].base_model_name_or_path
+    return model, tokenizer_beside(folder, base)
+
+
+def tokenizer_beside(folder: Path, base: str) -> Any:
+    """An adapter's own tokenizer, or that of its base."""
+    return _tokenizer(str(folder) if any(folder.glob("tokenizer*")) else base)
 
 
 def _tokenizer(name: str) -> Any:

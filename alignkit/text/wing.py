@@ -62,7 +62,13 @@ def build(
     """
     dtype = DTYPES[precision]
     masters = adapter is None if beside is None else beside.adapter == "none"
-    model, tokenizer = load(policy, dtype=dtype, masters=torch.float32 if masters else dtype)
+    model, tokenizer = load(
+        policy,
+        dtype=dtype,
+        masters=torch.float32 if masters else dtype,
+        quantization=None if adapter is None else adapter.quantization,
+        device=device,
+    )
     refuse_other_models(model)
     if neftune_alpha is not None:
         embedding_of(model)
@@ -77,7 +83,8 @@ def build(
     except BaseException:
         before.restore()
         raise
-    model.to(device)
+    if not getattr(model, "is_quantized", False):  # those are where they shall be
+        model.to(device)
     align_memory(model)
     module = TextLikelihood(model, autocast=None if dtype == torch.float32 else dtype)
     if beside is not None and isinstance(beside.backend, TextBackend):

@@ -16,7 +16,15 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from alignkit import DPO, KTO, EMAReference, GenerationOptions, LoRA, TrainerOptions
+from alignkit import (
+    DPO,
+    KTO,
+    CachedReference,
+    EMAReference,
+    GenerationOptions,
+    LoRA,
+    TrainerOptions,
+)
 from alignkit.api import build
 from alignkit.run import Run
 from tests.builders import pair_rows, tiny_lm, tiny_tokenizer
@@ -134,6 +142,11 @@ def _singles() -> dict[str, Any]:
     return {"data": rows, "eval_data": rows[:7], "trainer": trainer(eval_every=2, log_every=3)}
 
 
+def _cached(made: Callable[[], dict[str, Any]]) -> Callable[[], dict[str, Any]]:
+    """With the reference's numbers on disk, in a folder of the run's own."""
+    return lambda: made() | {"reference": CachedReference()}
+
+
 CASES: Mapping[str, Case] = {
     "coupled": Case(_text("llama"), _evaluated, SORTED),
     "singles": Case(_text("llama"), _singles, KTO(beta=0.1, undesirable_weight=1.5)),
@@ -141,6 +154,8 @@ CASES: Mapping[str, Case] = {
     "full": Case(_text("llama"), _evaluated),
     "tied": Case(_text("qwen2"), _plain(micro_batch="auto")),
     "lora": Case(_text("qwen2"), _lora()),
+    "cached": Case(_text("llama"), _cached(_singles), KTO(beta=0.1)),
+    "sharded_cached": Case(_text("llama"), _cached(_plain(sharding="fsdp2", micro_batch="auto"))),
     "interrupted": Case(_text("llama"), _moving(save_every=2, log_every=4)),
     "sharded_full": Case(_text("llama"), _plain(sharding="fsdp2")),
     "sharded_tied": Case(_text("qwen2"), _plain(sharding="fsdp2", micro_batch="auto")),
@@ -201,6 +216,8 @@ def play(
     if alone:
         arguments["trainer"] = replace(arguments["trainer"], sharding="none")
     folder.mkdir(parents=True, exist_ok=True)
+    if isinstance(arguments.get("reference"), CachedReference):
+        arguments["reference"] = CachedReference(folder=folder / "numbers")
     run = build(
         case.policy(),
         case.method,

@@ -7,19 +7,21 @@ import shutil
 from pathlib import Path
 
 import pytest
+from safetensors.numpy import load_file
 
+from alignkit.reference_store import Table
 from tests.distributed.cases import Played, play
 from tests.distributed.compare import assert_replicas, assert_same_run, distance, saved_weights
 from tests.distributed.launch import play_world
 
 pytestmark = pytest.mark.slow
 
-NAMES = ("full", "tied", "lora", "coupled", "singles")
+NAMES = ("full", "tied", "lora", "coupled", "singles", "cached")
 POISONED = 5
 
 
 @pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def world(tmp_path_factory: pytest.TempPathFactory, alone: Path) -> Path:
     """Everything that two processes do in this file, in one world."""
     root = tmp_path_factory.mktemp("world")
     tasks = [{"do": "collectives", "folder": str(root / "collectives")}]
@@ -29,6 +31,8 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
         again | {"folder": str(root / "interrupted"), "stop_after": 3},
         {"do": "copy", "folder": str(root / "interrupted" / "run"), "to": str(root / "left")},
         again | {"folder": str(root / "continued")},
+        {"do": "copy", "folder": str(alone / "short" / "run"), "to": str(root / "grown" / "run")},
+        {"do": "train", "case": "interrupted", "folder": str(root / "grown"), "resume": "must"},
         {"do": "not_finite", "folder": str(root / "not_finite"), "poisoned": POISONED},
     ]
     play_world(tasks, root)
@@ -40,6 +44,7 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("alone")
     for name in (*NAMES, "interrupted"):
         play(name, root / name, alone=True)
+    play("interrupted", root / "short", alone=True, stop_after=3)
     return root
 
 
@@ -102,6 +107,27 @@ def test_one_process_goes_on_with_the_run_of_two(world: Path, alone: Path, tmp_p
     mine, theirs = Played.read(tmp_path), Played.read(alone / "interrupted")
     assert [line["step"] for line in mine.history] == [1, 2, 3, 4]
     assert distance(mine.weights, theirs.weights) <= 1e-5
+
+
+def test_two_processes_go_on_with_the_run_of_one(world: Path, alone: Path) -> None:
+    assert_replicas(world / "grown")
+    mine, theirs = Played.read(world / "grown"), Played.read(alone / "interrupted")
+    assert [line["step"] for line in mine.history] == [1, 2, 3, 4]
+    assert distance(mine.weights, theirs.weights) <= 1e-5
+
+
+def test_the_pass_of_a_cached_reference_is_shared_out(world: Path, alone: Path) -> None:
+    """Both processes computed a part, one of them wrote it all."""
+    found = []
+    for root in (world, alone):
+        tables = [Table() for _ in (root / "cached" / "numbers").glob("[0-9a-f]*/about.json")]
+        assert len(tables) == 1
+        for shard in (root / "cached" / "numbers").rglob("*.safetensors"):
+            arrays = load_file(shard)
+            tables[0].add(arrays["keys"], arrays["values"])
+            keys = [key.tobytes() for key in arrays["keys"]]
+        found.append({key: tables[0].get(key) for key in keys})
+    assert found[0] == pytest.approx(found[1], abs=1e-4) and len(found[0]) > 16
 
 
 def test_a_row_that_is_not_finite_is_named_on_every_process(world: Path) -> None:

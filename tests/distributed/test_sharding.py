@@ -28,7 +28,7 @@ NAMES = (*FULL, "sharded_lora", "sharded_continued")
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("alone")
-    for name in NAMES:
+    for name in (*NAMES, "sharded_cached"):
         play(name, root / name, alone=True)
     play("sharded_interrupted", root / "left", alone=True, stop_after=2)
     play("sharded_interrupted", root / "whole", alone=True)
@@ -38,7 +38,8 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory, alone: Path) -> Path:
     root = tmp_path_factory.mktemp("world")
-    tasks = [{"do": "train", "folder": str(root / name), "case": name} for name in NAMES]
+    named = (*NAMES, "sharded_cached")
+    tasks = [{"do": "train", "folder": str(root / name), "case": name} for name in named]
     half = {"do": "train", "case": "sharded_interrupted"}
     left = alone / "left" / "run" / "checkpoints" / "step-000002"
     tasks += [
@@ -49,7 +50,7 @@ def world(tmp_path_factory: pytest.TempPathFactory, alone: Path) -> Path:
     return root
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", (*NAMES, "sharded_cached"))
 def test_sharded_processes_train_what_one_trains(world: Path, alone: Path, name: str) -> None:
     """Losses, metrics, each gradient, and parameters after 4 steps (measured: 2e-8 apart)."""
     assert_same_run(Played.read(world / name), Played.read(alone / name))
