@@ -61,14 +61,10 @@ def build(
         ConfigError: if the policy or the adapter's targets are not usable.
     """
     dtype = DTYPES[precision]
-    masters = adapter is None if beside is None else beside.adapter == "none"
-    model, tokenizer = load(
-        policy,
-        dtype=dtype,
-        masters=torch.float32 if masters else dtype,
-        quantization=None if adapter is None else adapter.quantization,
-        device=device,
-    )
+    whole = adapter is None if beside is None else beside.adapter == "none"
+    masters = torch.float32 if whole else dtype
+    bits = None if adapter is None else adapter.quantization
+    model, tokenizer = load(policy, dtype=dtype, masters=masters, quantization=bits, device=device)
     refuse_other_models(model)
     if neftune_alpha is not None:
         embedding_of(model)
