@@ -42,6 +42,7 @@ from alignkit.reference_options import (
 if TYPE_CHECKING:
     from alignkit.ahead import cache_reference
     from alignkit.api import AlignResult, Run, align, build
+    from alignkit.caching import cache_images
     from alignkit.cite import citations
     from alignkit.evaluation import Evaluation, SheetResult, evaluate, fill_sheet, read_sheets
     from alignkit.export import export_merged
@@ -83,6 +84,7 @@ __all__ = [
     "align",
     "align_rounds",
     "build",
+    "cache_images",
     "cache_reference",
     "citations",
     "evaluate",
@@ -112,6 +114,7 @@ _LAZY = {
     "align": "alignkit.api",
     "align_rounds": "alignkit.rounds",
     "build": "alignkit.api",
+    "cache_images": "alignkit.caching",
     "cache_reference": "alignkit.ahead",
     "citations": "alignkit.cite",
     "export_merged": "alignkit.export",

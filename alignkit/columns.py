@@ -101,8 +101,13 @@ class Sieve:
 
     def warn(self) -> None:
         """Say how many rows were left out, and why."""
-        for reason, count in self.skipped.items():
-            log.warning("%s: %d rows left out: %s.", self.rows.name, count, reason)
+        warn_of_skipped(self.rows.name, self.skipped)
+
+
+def warn_of_skipped(name: str, skipped: Mapping[str, int]) -> None:
+    """Say how many rows of a data set were left out, and why."""
+    for reason, count in skipped.items():
+        log.warning("%s: %d rows left out: %s.", name, count, reason)
 
 
 def check_columns(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -154,13 +154,24 @@ class Labels:
     Args:
         rows: the number of each row in the data.
         labels: of each row.
+        given: the numbers that some row has, where that is known without looking at all of them.
+        scored: whether some row has scores, likewise.
     """
 
-    def __init__(self, rows: Sequence[int], labels: Sequence[Label]) -> None:
+    def __init__(
+        self,
+        rows: Sequence[int],
+        labels: Sequence[Label],
+        *,
+        given: Iterable[str] | None = None,
+        scored: bool | None = None,
+    ) -> None:
         self.rows = rows
         self.labels = labels
-        self._given = {name for label in labels for name in label.numbers}
-        self._scored = any(label.score for label in labels)
+        if given is None:
+            given = (name for label in labels for name in label.numbers)
+        self._given = set(given)
+        self._scored = any(label.score for label in labels) if scored is None else scored
 
     def batch(self, content: Any, indices: Sequence[int]) -> Batch:
         """The batch of the given rows, whose answers `content` holds in the same order."""

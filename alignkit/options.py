@@ -218,6 +218,9 @@ class ImageOptions:
         part: which of these rows are read.
         eval_draws: timesteps and noises at which each held-out row is evaluated: the same at every
             evaluation, and spread evenly over the timesteps.
+        cache: a folder that keeps latents and prompt embeddings for all runs and processes; "auto"
+            is this user's own, None keeps them in this run's memory.
+        cache_dtype: that they are kept in.
         columns: our column name -> the data's.
     """
 
@@ -235,6 +238,8 @@ class ImageOptions:
     held_out_share: float = 0.0
     part: Literal["train", "held_out", "all"] = "train"
     eval_draws: int = 4
+    cache: str | None = None
+    cache_dtype: Literal["fp32", "fp16", "bf16"] = "fp16"
     on_bad_row: BadRow = "error"
     columns: Mapping[str, str] = field(default_factory=dict)
 

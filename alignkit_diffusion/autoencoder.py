@@ -7,6 +7,7 @@ precision keeps its VAE's float32 weights here; the pipeline's own VAE is never 
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -24,12 +25,15 @@ class Autoencoder:
     Args:
         vae: a diffusers `AutoencoderKL`, in any dtype and on any device; it is only read.
         device: where encoding and decoding happen.
+        load: called before the first of them, for a VAE whose weights are still on disk.
 
     Raises:
         ConfigError: it is another kind of autoencoder.
     """
 
-    def __init__(self, vae: Any, device: torch.device) -> None:
+    def __init__(
+        self, vae: Any, device: torch.device, load: Callable[[], None] = lambda: None
+    ) -> None:
         if not hasattr(vae.config, "latent_channels") or not hasattr(vae, "quant_conv"):
             raise ConfigError(
                 "Image policies need an AutoencoderKL; the pipeline's VAE is a "
@@ -37,6 +41,7 @@ class Autoencoder:
             )
         self._vae = vae
         self._device = device
+        self._load = load
         self._ready: nn.Module | None = None
 
     @property
@@ -87,6 +92,7 @@ class Autoencoder:
 
     def _module(self) -> Any:
         if self._ready is None:
+            self._load()
             first = next(self._vae.parameters())
             there = first.device == torch.empty(0, device=self._device).device
             if there and first.dtype == torch.float32 and not self._vae.training:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ class Picture:
         digest: hash of its decoded pixels.
         height, width: as it is, upright, in pixels.
         place: where in a column that holds a list; None in one that holds the image itself.
+        stamp: path, bytes and time of the file that it is in, if it is in one.
     """
 
     row: int
@@ -32,6 +33,7 @@ class Picture:
     height: int
     width: int
     place: int | None = None
+    stamp: tuple[str, int, int] | None = field(default=None, compare=False)
 
 
 def open_picture(
@@ -45,10 +47,22 @@ def open_picture(
     if column not in row:
         raise BadRow("no image", f"there is no column {column!r} in this row")
     try:
-        image = open_image(_held(rows, _source(row, column, place)), rows.folder)
+        source = _held(rows, _source(row, column, place))
+        image = open_image(source, rows.folder)
     except BadRow as bad:
         raise BadRow(bad.reason, f"column {_name(column, place)!r}: {bad}") from bad
-    return Picture(index, column, digest(image), image.height, image.width, place), image
+    facts = (digest(image), image.height, image.width, place, _stamp(source, rows.folder))
+    return Picture(index, column, *facts), image
+
+
+def _stamp(source: Any, folder: Path | None) -> tuple[str, int, int] | None:
+    if isinstance(source, Mapping):
+        source = source.get("path") if source.get("bytes") is None else None
+    if not isinstance(source, str | Path):
+        return None
+    path = (folder or Path()) / Path(source).expanduser()
+    found = path.stat()
+    return str(path.absolute()), found.st_size, found.st_mtime_ns
 
 
 def reopen(rows: Rows, picture: Picture) -> Image:

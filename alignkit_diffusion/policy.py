@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,17 +13,26 @@ from alignkit.errors import ConfigError, refuse_unknown
 from alignkit.memory import align_memory
 from alignkit_diffusion.borrowed import Borrowed
 from alignkit_diffusion.families import Family, check_class, family_of
+from alignkit_diffusion.parts import Parts
+from alignkit_diffusion.unloaded import (
+    LAZY,
+    is_shell,
+    place_of,
+    shells_of,
+    unloaded,
+    variant,
+)
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-@dataclass(frozen=True)
+@dataclass
 class Policy:
     """A pipeline ready to be given an adapter or to be trained whole.
 
     Attributes:
         pipe: the pipeline; its UNet is on the device, everything else where it was.
-        vae: the pipeline's VAE in the best precision there is.
+        parts: what of it is loaded when it is needed.
         family: how its UNet is conditioned and what it predicts.
         name: the folder or hub name, or None for a pipeline in memory.
         borrowed: how the UNet of a pipeline in memory came; None for one that was loaded here.
@@ -33,17 +40,19 @@ class Policy:
     """
 
     pipe: Any
-    vae: Any
+    parts: Parts
     family: Family
     name: str | None
     borrowed: Borrowed | None
     channels_last: bool = False
+    _given_back: bool = False
 
     def give_back(self) -> None:
         """Leave a pipeline in memory as it came, and one that was loaded here ready to be called.
 
         Training needs the UNet alone on the device; a call needs all parts there.
         """
+        self._given_back = True
         if self.borrowed is not None:
             if self.channels_last:
                 nn.Module.to(self.pipe.unet, memory_format=torch.contiguous_format)
@@ -53,6 +62,7 @@ class Policy:
 
     def take_again(self) -> None:
         """Undo `give_back`."""
+        self._given_back = False
         if self.borrowed is not None:
             self.borrowed.take_again()
             if self.channels_last:
@@ -62,8 +72,15 @@ class Policy:
 
     def _move_rest(self, device: torch.device) -> None:
         for name, part in self.pipe.components.items():
-            if name != "unet" and isinstance(part, nn.Module):
+            if name != "unet" and isinstance(part, nn.Module) and not is_shell(part):
                 nn.Module.to(part, device)
+
+    def whole(self) -> Any:
+        """The pipeline with all its weights, as users have it."""
+        self.parts.fill()
+        if self.borrowed is None and self._given_back:
+            self._move_rest(next(self.pipe.unet.parameters()).device)
+        return self.pipe
 
 
 def load_policy(
@@ -73,6 +90,7 @@ def load_policy(
     whole: bool,
     device: torch.device,
     channels_last: bool | str = "auto",
+    unet: bool = True,
 ) -> Policy:
     """Load or adopt a pipeline and put its UNet on `device`.
 
@@ -83,6 +101,7 @@ def load_policy(
         whole: the UNet itself is trained, and so has float32 master values.
         device: of the UNet.
         channels_last: "auto" is on GPUs.
+        unet: False leaves the UNet of a folder on disk, for what does not need it.
 
     Raises:
         ConfigError: there is no such pipeline, it cannot be loaded from safetensors files, or no
@@ -91,10 +110,11 @@ def load_policy(
     refuse_unknown("precision", precision, DTYPES)
     dtype = torch.float32 if whole else DTYPES[precision]
     if isinstance(policy, str | Path):
-        pipe, vae = _load(str(policy), dtype)
+        pipe, parts = _load(str(policy), dtype, unet)
         name: str | None = str(policy)
     else:
-        pipe, vae, name = policy, getattr(policy, "vae", None), None
+        pipe, name = policy, None
+        parts = Parts(pipe, getattr(pipe, "vae", None))
     given = f"the pipeline {name!r}" if name else "the pipeline in memory"
     family = family_of(pipe, given)
     borrowed = None
@@ -103,15 +123,16 @@ def load_policy(
         borrowed = Borrowed(pipe.unet)
         if dtype == torch.float32:
             nn.Module.to(pipe.unet, dtype)  # diffusers' own `to` warns of every cast
-    nn.Module.to(pipe.unet, device)
     channels_last = device.type == "cuda" if channels_last == "auto" else bool(channels_last)
-    if channels_last:
-        nn.Module.to(pipe.unet, memory_format=torch.channels_last)
-    align_memory(pipe.unet)
-    return Policy(pipe, vae, family, name, borrowed, channels_last)
+    if not is_shell(pipe.unet):
+        nn.Module.to(pipe.unet, device)
+        if channels_last:
+            nn.Module.to(pipe.unet, memory_format=torch.channels_last)
+        align_memory(pipe.unet)
+    return Policy(pipe, parts, family, name, borrowed, channels_last)
 
 
-def _load(name: str, dtype: torch.dtype) -> tuple[Any, Any]:
+def _load(name: str, dtype: torch.dtype, unet: bool) -> tuple[Any, Parts]:
     from diffusers import DiffusionPipeline
 
     try:
@@ -124,25 +145,31 @@ def _load(name: str, dtype: torch.dtype) -> tuple[Any, Any]:
         ) from error
     check_class(str(index.get("_class_name")), repr(name))
     try:
+        folder = place_of(name)
+        lazy = LAZY if unet else (*LAZY, "unet")
+        shells = shells_of(folder, index, lazy, dtype)
         pipe = DiffusionPipeline.from_pretrained(
-            name,
-            dtype={"vae": torch.float32, "default": dtype},
+            folder,
+            dtype=dtype,
             use_safetensors=True,
-            variant=_variant(Path(name)),
+            variant=variant(folder, "unet"),
+            **{part: found.shell for part, found in shells.items()},
         )
+        vae = shells.get("vae")
+        if vae is not None and dtype != torch.float32:
+            # Users call the pipeline without autocast, so all of it has one dtype; what encodes for
+            # training is another, exact one.
+            library, cls = index["vae"]
+            vae = unloaded(folder, "vae", library, cls, torch.float32)
     except Exception as error:  # missing and broken weights have no common class
         raise ConfigError(
             f"The pipeline {name!r} must load from .safetensors files: {error} Where there are "
             "others, write such ones with pipe.save_pretrained(folder)."
         ) from error
-    vae = pipe.vae
-    if dtype != torch.float32:
-        # Users call the pipeline without autocast, so all of it has one dtype.
-        pipe.vae = nn.Module.to(copy.deepcopy(vae), dtype)
     for part in pipe.components.values():
         if isinstance(part, nn.Module):
             part.requires_grad_(False)
-    return pipe, vae
+    return pipe, Parts(pipe, None if vae is None else vae.shell, folder, shells, vae)
 
 
 def refuse_incomparable(reference: Policy, pipe: Any, family: Family) -> None:
@@ -154,15 +181,6 @@ def refuse_incomparable(reference: Policy, pipe: Any, family: Family) -> None:
             f"must agree in what they take and predict; they have {', '.join(found)}. Give a "
             "reference of the policy's own lineage."
         )
-
-
-def _variant(folder: Path) -> str | None:
-    """The one variant, such as "fp16", that a local folder holds the UNet in; None for the plain
-    files, where they are there."""
-    pattern = re.compile(r"diffusion_pytorch_model(\.[\w-]+?)?(-\d+-of-\d+)?\.safetensors")
-    names = [path.name for path in (folder / "unet").glob("*.safetensors")]
-    found = {match[1] for name in names if (match := pattern.fullmatch(name))}
-    return next(iter(found)).removeprefix(".") if len(found) == 1 and None not in found else None
 
 
 def _refuse_hooks(pipe: Any) -> None:

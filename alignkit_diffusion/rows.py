@@ -84,7 +84,9 @@ def read_examples(
     options: ImageOptions,
     sieve: Sieve,
     make: Prepare,
+    *,
     indices: Iterable[int] | None = None,
+    scores: ScoreTable | None = None,
 ) -> Iterator[tuple[ImageRow, list[Any]]]:
     """The usable rows in their order, each with what `make` made of its images.
 
@@ -95,6 +97,7 @@ def read_examples(
         sieve: leaves out, and counts.
         make: works on images in threads.
         indices: of the rows; None reads all of them.
+        scores: of `score_table`, if it has been read already.
 
     Raises:
         ConfigError: `min_margin` for rows that are no pairs.
@@ -105,7 +108,7 @@ def read_examples(
             f"data_options.min_margin is for pairs; the rows of this method are {kind}. Leave it "
             "out."
         )
-    scores = _score_table(rows, kind, options)
+    scores = score_table(rows, kind, options) if scores is None else scores
     waiting: deque[_Pending] = deque()
     with ThreadPoolExecutor(THREADS, thread_name_prefix="alignkit-decode") as pool:
         try:
@@ -146,7 +149,8 @@ def _begin(
     return _Pending(index, prompt, found, opened)
 
 
-def _score_table(rows: Rows, kind: str, options: ImageOptions) -> ScoreTable | None:
+def score_table(rows: Rows, kind: str, options: ImageOptions) -> ScoreTable | None:
+    """The scores that decide which image of a pair is chosen, if the options name some."""
     if options.labels is None:
         return None
     if kind != "pairs":

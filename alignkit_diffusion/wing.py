@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -16,7 +16,7 @@ from alignkit.options import GenerationOptions, ImageOptions, LoRA
 from alignkit.protocols import Wing
 from alignkit_diffusion import lora
 from alignkit_diffusion.autoencoder import Autoencoder
-from alignkit_diffusion.data import ImageExamples, distinct_prompts, prepare_examples
+from alignkit_diffusion.data import ImageExamples, prepare_examples
 from alignkit_diffusion.editing import Editing
 from alignkit_diffusion.generation import sample_images
 from alignkit_diffusion.geometry import checked
@@ -29,6 +29,8 @@ from alignkit_diffusion.policy import (
     native_size,
     refuse_incomparable,
 )
+from alignkit_diffusion.reading import distinct_prompts
+from alignkit_diffusion.rows import open_rows
 
 NATS = "nats: the ELBO, estimated at one shared timestep and noise"
 UNIT = "half the mean squared denoising error per latent element, at a shared timestep and noise"
@@ -95,7 +97,7 @@ def build(
         loaded.give_back()
         raise
     if beside is not None:
-        refuse_incomparable(loaded, beside.policy, beside.family)
+        refuse_incomparable(loaded, cast(ImageWing, beside)._pipe, beside.family)
         unet.requires_grad_(False)
     elif whole:
         unet.requires_grad_(True)
@@ -118,7 +120,6 @@ class ImageWing(Editing):
 
     Attributes:
         backend: evaluates images.
-        policy: the pipeline.
         adapter: "none", "fresh" or "continued".
         default_options: `ImageOptions` at the size that the UNet was trained for.
     """
@@ -139,7 +140,7 @@ class ImageWing(Editing):
         timesteps: str | Sequence[int] | None = None,
         added: bool = False,
     ) -> None:
-        self.policy = loaded.pipe
+        self._pipe = loaded.pipe
         self._loaded = loaded
         self._added = added
         self.adapter = adapter
@@ -149,7 +150,7 @@ class ImageWing(Editing):
         self.timesteps = timesteps
         self.channels_last = loaded.channels_last
         self.family = loaded.family
-        self._autoencoder = Autoencoder(loaded.vae, device)
+        self._autoencoder = Autoencoder(loaded.parts.vae, device, loaded.parts.fill_vae)
         factor = self._autoencoder.factor
         self._unit = factor_of(loaded.pipe, factor)
         side = min(native_size(loaded.pipe, factor))
@@ -166,17 +167,22 @@ class ImageWing(Editing):
             side=side // factor,
         )
 
+    @property
+    def policy(self) -> Any:
+        """The pipeline, whole; training may not have needed its VAE and text encoders."""
+        return self._loaded.whole()
+
     def adapters_off(self) -> AbstractContextManager[None]:
         """A context in which the UNet computes without its adapter; for no-grad forwards."""
-        return adapters_off(self.policy.unet)
+        return adapters_off(self._pipe.unet)
 
     def adapter_on(self, name: str) -> AbstractContextManager[None]:
         """A context in which the UNet computes with another adapter; for no-grad forwards."""
-        return adapter_on(self.policy.unet, name)
+        return adapter_on(self._pipe.unet, name)
 
     def trained_adapters(self) -> list[str]:
         """The adapter that is trained, if there is one."""
-        return active_adapters(self.policy.unet)
+        return active_adapters(self._pipe.unet)
 
     def examples(
         self, data: Any, options: ImageOptions | None, *, kind: str, seed: int
@@ -184,7 +190,7 @@ class ImageWing(Editing):
         """Read, check and encode image rows; see `data.prepare_examples`.
 
         Args:
-            data: a file, folder, hub name, dataset or list of rows; columns as in `rows.LAYOUTS`.
+            data: a file, folder, hub name, dataset or list of rows; columns as in `layouts`.
             options: None takes the wing's default.
             kind: "pairs", "groups" or "unpaired".
             seed: of augmentation.
@@ -200,7 +206,7 @@ class ImageWing(Editing):
             data,
             options,
             kind=kind,
-            pipe=self.policy,
+            parts=self._loaded.parts,
             family=self.family,
             autoencoder=self._autoencoder,
             device=self.device,
@@ -209,12 +215,14 @@ class ImageWing(Editing):
 
     def prompts(self, data: Any, options: ImageOptions | None, limit: int) -> list[str]:
         """The first `limit` distinct prompts of the data."""
-        return distinct_prompts(data, self._checked(options), limit)
+        options = self._checked(options)
+        return distinct_prompts(open_rows(data, options), options, limit)
 
     def sample(self, prompts: Sequence[str], options: GenerationOptions, *, seed: int) -> list[Any]:
         """One PIL image per prompt, keyed by (seed, its place); see `generation.sample_images`."""
+        self._loaded.parts.fill_encoders()
         return sample_images(
-            self.policy,
+            self._pipe,
             self.family,
             self._autoencoder,
             prompts,
@@ -241,15 +249,15 @@ class ImageWing(Editing):
     def undo(self) -> None:
         """After a failure: release, and take off the adapter that `build` added."""
         if self._added:
-            lora.remove_adapter(self.policy.unet)
+            lora.remove_adapter(self._pipe.unet)
             self._added = False
         self.release()
 
     def describe(self) -> dict[str, Any]:
         """Facts for the report; counts are of parameters, of the UNet alone."""
-        parameters = list(self.policy.unet.parameters())
+        parameters = list(self._pipe.unet.parameters())
         return {
-            "class": type(self.policy).__name__,
+            "class": type(self._pipe).__name__,
             "parameters": sum(p.numel() for p in parameters),
             "trained_parameters": sum(p.numel() for p in parameters if p.requires_grad),
             "dtype": str(parameters[0].dtype).removeprefix("torch."),
@@ -279,12 +287,12 @@ class ImageWing(Editing):
         assert weights is None, "an image policy is never sharded"
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        name = lora.adapter_name(self.policy.unet)
+        name = lora.adapter_name(self._pipe.unet)
         if name is None:
             self.policy.save_pretrained(folder, safe_serialization=True)
         else:
             loader = self.family.pipeline_class
-            lora.save_adapter(self.policy.unet, folder, name, base, loader=loader)
+            lora.save_adapter(self._pipe.unet, folder, name, base, loader=loader)
 
     def _checked(self, options: ImageOptions | None) -> ImageOptions:
         options = self.default_options if options is None else options

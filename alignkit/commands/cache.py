@@ -58,3 +58,46 @@ def reference(
 
     done = compute_ahead(config)
     typer.echo(f"computed: {done.computed} answers\nkept: {done.known} numbers in {done.folder}")
+
+
+@app.command()
+def images(
+    data_or_config: Annotated[
+        str, typer.Argument(help="Image rows: a file, folder or hub name; or a run's YAML file.")
+    ],
+    rest: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[KEY=VALUE]...", help="Options of the runs to come."),
+    ] = None,
+    model: Annotated[
+        str | None, typer.Option(help="A pipeline's folder or hub name; a YAML file names it.")
+    ] = None,
+    folder: Annotated[
+        str | None, typer.Option(help="The cache; the user's own without it.")
+    ] = None,
+    kind: Annotated[str, typer.Option(help="pairs, groups or unpaired.")] = "pairs",
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Read all of it first; mend what is damaged.")
+    ] = False,
+) -> None:
+    """Keep latents and prompt embeddings, such as: alignkit cache images DATA --model PIPELINE."""
+    from alignkit.caching import cache_run
+    from alignkit.config import from_file, from_mapping, override
+    from alignkit.errors import ConfigError
+
+    given = [*(rest or ()), *([] if folder is None else [f"data_options.cache={folder}"])]
+    if data_or_config.endswith((".yaml", ".yml")):
+        config = from_file(data_or_config, given)
+    elif model is None:
+        raise ConfigError(
+            "Images are encoded by a pipeline; write alignkit cache images "
+            f"{data_or_config} --model PIPELINE."
+        )
+    else:
+        run = {"policy": model, "method": "dpo", "data": data_or_config, "adapter": {"rank": 16}}
+        config = from_mapping(override(run, given), where="command line")
+    done = cache_run(config, kind=kind, verify=verify)
+    for name in ("rows", "images", "prompts", "encoded", "damaged", "folder"):
+        typer.echo(f"{name}: {getattr(done, name)}")
+    for reason, count in done.skipped.items():
+        typer.echo(f"left out: {count} rows, {reason}")
