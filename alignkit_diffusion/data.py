@@ -7,6 +7,7 @@ the crop, flip and caption dropout of a row are the same for all of its images.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -135,7 +136,8 @@ def prepare_examples(
         ).run()
         table, left_out = part_of(cached.table, options)
         latents, prompts = cached.latents, cached.prompts
-        skipped, name = {**cached.skipped, **left_out}, str(data) if isinstance(data, str) else kind
+        skipped = {**cached.skipped, **left_out}
+        name = str(data) if isinstance(data, str | Path) else f"the given {type(data).__name__}"
         warn_of_skipped(name, skipped)
         refuse_empty(table, name, skipped)
     else:

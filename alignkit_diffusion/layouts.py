@@ -157,10 +157,11 @@ def read_layout(row: Row, kind: str) -> Reading:
         BadRow: the row cannot be used.
         LeftOut: its data says that it is not to be used.
     """
-    return min(LAYOUTS[kind], key=lambda layout: _lacking(row, layout)).read(row)
+    return min(LAYOUTS[kind], key=lambda layout: lacking(row, layout)).read(row)
 
 
-def _lacking(row: Row, layout: Layout) -> int:
+def lacking(row: Row, layout: Layout) -> int:
+    """How many columns of a layout a row lacks."""
     wanted = [(c,) if isinstance(c, str) else c for c in layout.columns]
     return sum(not any(name in row for name in names) for names in wanted)
 

@@ -67,8 +67,8 @@ class Parts:
         dtype: torch.dtype = next(getattr(self.pipe, name).parameters()).dtype
         return dtype
 
-    def hash_of(self, name: str) -> str:
-        """Of a part's weights, read from its files where it has some."""
+    def hash_of(self, name: str, memo: Path | None = None) -> str:
+        """Of a part's weights, read from its files where it has some; see `hash_of_files`."""
         if self.folder is not None and name in self.shells:
-            return hash_of_files(weight_files(self.folder, name))
+            return hash_of_files(weight_files(self.folder, name), memo)
         return hash_of_module(self.vae if name == "vae" else getattr(self.pipe, name))

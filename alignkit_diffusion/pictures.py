@@ -86,7 +86,10 @@ def reopen(rows: Rows, picture: Picture) -> Image:
 
 def where(rows: Rows, picture: Picture) -> str:
     """How errors name an image: row, column, and its path if it has one."""
-    source = _source(rows[picture.row], picture.column, picture.place)
+    try:
+        source = _source(rows[picture.row], picture.column, picture.place)
+    except DataError:  # a row of a stream that has gone by
+        source = None
     if isinstance(source, Mapping):
         source = source.get("path")
     path = f" ({source})" if isinstance(source, str) else ""

@@ -21,6 +21,7 @@ from alignkit_diffusion.latents import LatentStore
 from alignkit_diffusion.pictures import Picture
 from alignkit_diffusion.rows import HELD_OUT, ImageRow, Prepare, read_examples
 from alignkit_diffusion.score_labels import ScoreTable
+from alignkit_diffusion.streams import Streamed
 from alignkit_diffusion.table import RowTable
 
 Variants = list[tuple[Placement, Tensor]]
@@ -48,7 +49,7 @@ def scan(
     reading = read_examples(
         rows, kind, options, sieve, variants(geometry, latents), indices=indices, scores=scores
     )
-    total = len(rows) if indices is None else None
+    total = None if indices is not None or isinstance(rows, Streamed) else len(rows)
     for row, made in tqdm(reading, f"Reading image {kind}", total, leave=False, disable=None):
         for picture, of_picture in zip(row.pictures, made, strict=True):
             for placement, pixels in of_picture:

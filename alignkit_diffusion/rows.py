@@ -31,6 +31,7 @@ from alignkit_diffusion.layouts import (
 )
 from alignkit_diffusion.pictures import Picture, open_picture
 from alignkit_diffusion.score_labels import ScoreTable
+from alignkit_diffusion.streams import Streamed, is_stream
 
 HELD_OUT = "held out by their prompt"
 SMALL_MARGIN = "margin below min_margin"
@@ -59,10 +60,18 @@ def open_rows(data: Any, options: ImageOptions, kind: str | None = None) -> Rows
     """
     for ours in options.columns:
         refuse_unknown("column in data_options.columns", ours, COLUMNS)
-    rows = read_rows(data, columns=options.columns)
+    if is_stream(data) and options.cache is not None and options.crop != "random":
+        rows: Rows = Streamed(data, options.columns)
+    else:
+        rows = read_rows(data, columns=options.columns)
     if kind is not None:
         check_columns(rows[0], kind, COLUMNS_OF, rows.name)
     return rows
+
+
+def numbers_of(rows: Rows) -> Iterable[int]:
+    """The numbers of all rows."""
+    return rows.numbers() if isinstance(rows, Streamed) else range(len(rows))
 
 
 class _Pending(NamedTuple):
@@ -112,7 +121,7 @@ def read_examples(
     waiting: deque[_Pending] = deque()
     with ThreadPoolExecutor(THREADS, thread_name_prefix="alignkit-decode") as pool:
         try:
-            for index in range(len(rows)) if indices is None else indices:
+            for index in numbers_of(rows) if indices is None else indices:
                 waiting.append(_begin(rows, index, kind, options, scores, make, pool))
                 if len(waiting) > AHEAD:
                     yield from _end(waiting.popleft(), kind, options, scores, sieve)

@@ -52,6 +52,9 @@ COMMANDS = {
     "schema": set(),
     "export": {"run_or_model", "--merged", "--base"},
     "cache reference": {"config_or_model", "rest", "--folder"},
+    "cache images": {
+        *("data_or_config", "rest", "--model", "--folder", "--kind", "--verify"),
+    },
     "label images": {"data", "--scorer", "--out", "--device", "--column"},
     "label samples": {
         "model",

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import PurePath
 from typing import Any
 
-_IMAGE_COLUMNS = ("jpg_0", "jpg_1", "images", "image")
+_IMAGE_COLUMNS = ("jpg_0", "jpg_1", "images", "image", "image_path", "path1")
 _ANSWERS = ("chosen", "rejected")
 _SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif")
 

@@ -104,9 +104,10 @@ class Builder:
         self.options = replace(options, part="all")
         self.root = cache_folder(options.cache)
         dtype = DTYPES[options.cache_dtype]
+        memo = self.root / "hashes.json"
         spaces = {
-            "latents": latent_facts(parts, options.cache_dtype),
-            "prompts": prompt_facts(parts, family, options.cache_dtype),
+            "latents": latent_facts(parts, options.cache_dtype, memo),
+            "prompts": prompt_facts(parts, family, options.cache_dtype, memo),
         }
         self.spaces = {name: f"{name}-{space_of(facts)}" for name, facts in spaces.items()}
         self.stores = {name: Store(self.root / self.spaces[name]) for name in spaces}

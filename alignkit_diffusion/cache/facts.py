@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,12 +15,12 @@ from alignkit_diffusion.parts import Parts
 from alignkit_diffusion.rows import ImageRow
 
 
-def latent_facts(parts: Parts, dtype: str) -> dict[str, Any]:
+def latent_facts(parts: Parts, dtype: str, memo: Path) -> dict[str, Any]:
     """What latents depend on besides images and placements."""
-    return {"vae": parts.hash_of("vae"), "settings": parts.settings["vae"], "dtype": dtype}
+    return {"vae": parts.hash_of("vae", memo), "settings": parts.settings["vae"], "dtype": dtype}
 
 
-def prompt_facts(parts: Parts, family: Family, dtype: str) -> dict[str, Any]:
+def prompt_facts(parts: Parts, family: Family, dtype: str, memo: Path) -> dict[str, Any]:
     """What embeddings depend on besides prompts."""
     pipe = parts.pipe
     names = sorted(name for name in pipe.components if name.startswith("text_encoder"))
@@ -28,7 +29,7 @@ def prompt_facts(parts: Parts, family: Family, dtype: str) -> dict[str, Any]:
     return {
         "family": family.name,
         "dropped": bool(pipe.config.get("force_zeros_for_empty_prompt", False)),
-        "encoders": {name: parts.hash_of(name) for name in there},
+        "encoders": {name: parts.hash_of(name, memo) for name in there},
         "settings": {name: parts.settings[name] for name in there},
         "computed_in": {name: str(parts.dtype_of(name)) for name in there},
         "tokenizers": {

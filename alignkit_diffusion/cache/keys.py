@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,8 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
+from alignkit.atomic import atomic_write
+from alignkit.errors import CheckpointError
 from alignkit.places import SUFFIXES
 
 FORMAT = 1
@@ -40,19 +43,39 @@ def hash_of_module(module: nn.Module) -> str:
     return _hash_of_tensors(sorted(module.state_dict().items()))
 
 
-def hash_of_files(paths: Sequence[Path]) -> str:
-    """Of the weights in safetensors files; the same as that of the module with these weights."""
+def hash_of_files(paths: Sequence[Path], memo: Path | None = None) -> str:
+    """Of the weights in safetensors files; the same as that of the module with these weights.
 
-    def tensors() -> Iterator[tuple[str, Tensor]]:
-        where = {}
-        for path in paths:
-            with safe_open(path, framework="pt") as file:
-                where.update(dict.fromkeys(file.keys(), path))
-        for name in sorted(where):
-            with safe_open(where[name], framework="pt") as file:
-                yield name, file.get_tensor(name)
+    Args:
+        paths: the files.
+        memo: a file that remembers hashes, since gigabytes take seconds to read.
+    """
+    key = json.dumps([[str(path.resolve()), *stamp(path)] for path in paths])
+    known = {} if memo is None else _remembered(memo)
+    if key not in known:
+        known[key] = _hash_of_tensors(_tensors(paths))
+        if memo is not None:
+            with suppress(CheckpointError):  # without it, the next start only takes longer
+                atomic_write(memo, json.dumps(known, indent=1))
+    return known[key]
 
-    return _hash_of_tensors(tensors())
+
+def _remembered(memo: Path) -> dict[str, str]:
+    try:
+        found = json.loads(memo.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _tensors(paths: Sequence[Path]) -> Iterator[tuple[str, Tensor]]:
+    where = {}
+    for path in paths:
+        with safe_open(path, framework="pt") as file:
+            where.update(dict.fromkeys(file.keys(), path))
+    for name in sorted(where):
+        with safe_open(where[name], framework="pt") as file:
+            yield name, file.get_tensor(name)
 
 
 def _hash_of_tensors(tensors: Iterable[tuple[str, Tensor]]) -> str:

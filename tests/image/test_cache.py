@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 from collections.abc import Callable
@@ -264,6 +265,34 @@ def test_errors_name_the_row_and_leave_what_was_done(
     picture(10, 33, 17).save(data / "chosen_5.png")
     read(str(pipeline_folder), data, options(tmp_path / "cache"))
     assert sum(encoded) == 16 and before < 16
+
+
+def test_a_stream_is_read_once_and_never_held(
+    pipeline_folder: Path, rows: Rows, tmp_path: Path, encoded: list[int]
+) -> None:
+    import datasets
+
+    seen = []
+
+    def rows_as_bytes() -> Any:
+        for number, row in enumerate(rows):
+            seen.append(number)
+            images = {}
+            for name in ("chosen", "rejected"):
+                buffer = io.BytesIO()
+                row[name].save(buffer, "PNG")
+                images[name] = buffer.getvalue()
+            yield {"prompt": row["prompt"], **images}
+
+    stream = datasets.IterableDataset.from_generator(rows_as_bytes)
+    _, examples = read(str(pipeline_folder), stream, options(tmp_path))
+    assert seen == list(range(8)) and sum(encoded) == 16
+    _, plain = read(str(pipeline_folder), rows, ImageOptions(resolution=16))
+    assert equal(batch_of(examples), batch_of(plain), 1e-5)
+    for path in latent_shards(tmp_path):
+        path.unlink()
+    with pytest.raises(DataError, match="does not go back"):
+        batch_of(examples)
 
 
 @pytest.mark.slow
