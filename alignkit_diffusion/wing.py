@@ -53,7 +53,7 @@ def build(
 
     Args:
         policy: a diffusers folder, a hub name, or a `DiffusionPipeline` in memory, whose UNet is
-            trained in place. One that carries an adapter goes on with it when `adapter` is None.
+            trained in place. One that carries an adapter goes on with it if `adapter` is None.
         adapter: a fresh or continued LoRA on the UNet; None trains the whole UNet in float32.
         device: where the UNet is trained.
         precision: "fp32", "bf16" or "fp16": what frozen weights are loaded in and the UNet computes
@@ -215,8 +215,8 @@ class ImageWing(Editing):
 
     def prompts(self, data: Any, options: ImageOptions | None, limit: int) -> list[str]:
         """The first `limit` distinct prompts of the data."""
-        options = self._checked(options)
-        return distinct_prompts(open_rows(data, options), options, limit)
+        read = self._checked(options)
+        return distinct_prompts(open_rows(data, read), read, limit)
 
     def sample(self, prompts: Sequence[str], options: GenerationOptions, *, seed: int) -> list[Any]:
         """One PIL image per prompt, keyed by (seed, its place); see `generation.sample_images`."""
@@ -296,6 +296,4 @@ class ImageWing(Editing):
 
     def _checked(self, options: ImageOptions | None) -> ImageOptions:
         options = self.default_options if options is None else options
-        native = self.default_options.resolution
-        assert native is not None
-        return checked(options, native, self._unit)
+        return checked(options, self.default_options.resolution or 0, self._unit)

@@ -97,8 +97,14 @@ def settings(config: Mapping[str, Any]) -> dict[str, Any]:
 def hash_of_tokenizer(tokenizer: Any) -> str:
     """Of how it cuts texts into numbers."""
     inner = getattr(tokenizer, "backend_tokenizer", None)
-    told = json.dumps(sorted(tokenizer.get_vocab().items())) if inner is None else inner.to_str()
-    return short_hash(told, str(tokenizer.model_max_length), str(tokenizer.pad_token)).hex()
+    told: Any = (
+        sorted(tokenizer.get_vocab().items()) if inner is None else json.loads(inner.to_str())
+    )
+    if inner is not None:
+        # What the last call asked for stays in them.
+        told = {name: told[name] for name in told if name not in ("truncation", "padding")}
+    whole = json.dumps(told, sort_keys=True)
+    return short_hash(whole, str(tokenizer.model_max_length), str(tokenizer.pad_token)).hex()
 
 
 def identity_of(data: Any, rows: Any | None = None) -> list[Any] | None:

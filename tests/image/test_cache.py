@@ -267,6 +267,7 @@ def test_errors_name_the_row_and_leave_what_was_done(
     assert sum(encoded) == 16 and before < 16
 
 
+@pytest.mark.slow  # imports datasets
 def test_a_stream_is_read_once_and_never_held(
     pipeline_folder: Path, rows: Rows, tmp_path: Path, encoded: list[int]
 ) -> None:
