@@ -10,7 +10,6 @@ nothing else, is encoded again.
 from __future__ import annotations
 
 import logging
-import os
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
@@ -24,6 +23,7 @@ from alignkit.atomic import atomic_write
 from alignkit.columns import Sieve
 from alignkit.errors import CheckpointError, DataError
 from alignkit.options import ImageOptions
+from alignkit.places import cache_folder
 from alignkit.records import to_json
 from alignkit.rows import Rows
 from alignkit_diffusion.autoencoder import Autoencoder
@@ -71,14 +71,6 @@ class Cached:
     prompts: StoredPrompts
 
 
-def cache_folder(given: str) -> Path:
-    """Where a cache is: a folder, or "auto" for this user's own."""
-    if given != "auto":
-        return Path(given).expanduser()
-    home = os.environ.get("ALIGNKIT_CACHE") or Path.home() / ".cache" / "alignkit"
-    return Path(home) / "images"
-
-
 class Builder:
     """Fills a cache with a data set, or finds that it is there.
 
@@ -102,7 +94,7 @@ class Builder:
         assert options.cache is not None
         self.data, self.kind = data, kind
         self.options = replace(options, part="all")
-        self.root = cache_folder(options.cache)
+        self.root = cache_folder("images", None if options.cache == "auto" else options.cache)
         dtype = DTYPES[options.cache_dtype]
         memo = self.root / "hashes.json"
         spaces = {
