@@ -97,6 +97,9 @@ class StoredReference:
                 if runtime.max(int(time.monotonic() - self._saved_at > SECONDS)):
                     self._save_together()
             self._save_together()
+        # FSDP2 keeps its root whole after a forward; its optimizer must be given the shards.
+        if hasattr(backend.module, "reshard"):
+            backend.module.reshard()  # type: ignore[operator]
 
     def _missing(self, batches: Iterable[Batch], want: frozenset[str]) -> list[_Group]:
         """The groups that lack a number, the longest first: what does not fit shows at once."""
