@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import pairwise
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -40,16 +39,12 @@ class Drawing:
 
     Attributes:
         bank: draws per row that training takes from; None draws anew at each step.
+        error_scale: minus twice the log-likelihood is the (weighted) error; in nats, minus itself.
     """
 
     family: Family
-    module: Any
     bank: int | None
-
-    @property
-    def error_scale(self) -> float:
-        """Minus twice the log-likelihood is the (weighted) error; in nats, minus itself."""
-        return -1.0 if self.module.timestep_weighting == "nats" else -2.0
+    error_scale: float
 
     def draw(self, batch: Batch, key: Key) -> ImageDraw:
         """One timestep, uniform over those of the family, and one standard normal noise for each

@@ -193,6 +193,8 @@ class ImageBackend(Drawing):
         self.family = family
         self.memory = memory
         self.bank: int | None = None
+        # Read now: a wrapper for several processes hides it later.
+        self.error_scale = -1.0 if module.timestep_weighting == "nats" else -2.0
         self._limits: dict[int, int] = {}
 
     def split(self, batch: Batch, budget: int | str) -> list[Batch]:

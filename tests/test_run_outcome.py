@@ -63,6 +63,7 @@ def run(run_dir: Path) -> Any:
     )
 
 
+@pytest.mark.slow
 def test_the_model_is_pushed_with_its_card(hub: type[FakeHub], tmp_path: Path) -> None:
     run(tmp_path)
     assert [name for name, _ in hub.calls] == ["create_repo", "upload_folder"]

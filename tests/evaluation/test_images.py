@@ -57,9 +57,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root / "run"
 
 
-@pytest.fixture(scope="module")
-def found(run: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
-    folder = tmp_path_factory.mktemp("out")
+def measured(run: Path, folder: Path, **more: Any) -> Any:
     picture(50, 30, 20).save(folder / "mine.png")
     (folder / "parti.tsv").write_text(
         "Prompt\tCategory\timage\na red circle\tShapes\tmine.png\n<b>cat</b>\tAnimals\t\n"
@@ -69,11 +67,21 @@ def found(run: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
         data=rows(),
         prompts=folder / "parti.tsv",
         reward=red,
-        edit=(0.3, 1.0),
         out=folder / "page",
         sheet=folder / "sheet",
         seed=5,
+        **more,
     )
+
+
+@pytest.fixture(scope="module")
+def found(run: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    return measured(run, tmp_path_factory.mktemp("out"))
+
+
+@pytest.fixture(scope="module")
+def edited(run: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    return measured(run, tmp_path_factory.mktemp("edited"), edit=(0.3, 1.0))
 
 
 def test_held_out_pairs_on_the_fixed_bank(run: Path, found: Any) -> None:
@@ -102,15 +110,16 @@ def test_pictures_of_both_sides_from_one_noise(run: Path, found: Any) -> None:
     assert found.metrics["win_rate"] == np.mean(wins)
 
 
-def test_edits_are_those_of_the_pipelines_own(run: Path, found: Any) -> None:
+@pytest.mark.slow
+def test_edits_are_those_of_the_pipelines_own(run: Path, edited: Any) -> None:
     """Image to image at strength 0.3 of the base, by diffusers alone."""
     from diffusers import AutoPipelineForImage2Image, DiffusionPipeline
 
     pipe = DiffusionPipeline.from_pretrained(run.parent / "base")
     editor = AutoPipelineForImage2Image.from_pipe(pipe)
-    strip = found.strips[0]
+    strip = edited.strips[0]
     assert (strip.way, strip.prompt) == ("image to image", "a red circle")
-    mine = Image.open(found.folder.parent / "mine.png")
+    mine = Image.open(edited.folder.parent / "mine.png")
     assert np.array_equal(np.asarray(strip.source), np.asarray(mine))
     from PIL import ImageOps
 
@@ -124,34 +133,45 @@ def test_edits_are_those_of_the_pipelines_own(run: Path, found: Any) -> None:
     ).images[0]
     got = strip.rows[str(run.parent / "base")][0]
     assert np.abs(np.asarray(got, int) - np.asarray(expected, int)).max() <= 1
-    model = strip.rows[found.model]
+    model = strip.rows[edited.model]
     assert len(model) == 2 and not np.array_equal(np.asarray(model[0]), np.asarray(got))
 
 
-def test_edited_pictures_are_compared_by_the_reward(run: Path, found: Any) -> None:
-    base, strips = str(run.parent / "base"), found.strips[:2]
-    won = [red(0, one.rows[found.model], 0)[1] > red(0, one.rows[base], 0)[1] for one in strips]
-    assert found.metrics["win_rate/image_to_image_1"] == np.mean(won)
-    assert found.measures["win_rate/inpainting_0.3"].num == 2
+@pytest.mark.slow
+def test_edited_pictures_are_compared_by_the_reward(run: Path, edited: Any) -> None:
+    base, strips = str(run.parent / "base"), edited.strips[:2]
+    won = [red(0, one.rows[edited.model], 0)[1] > red(0, one.rows[base], 0)[1] for one in strips]
+    assert edited.metrics["win_rate/image_to_image_1"] == np.mean(won)
+    assert edited.measures["win_rate/inpainting_0.3"].num == 2
 
 
-def test_inpainting_keeps_what_the_mask_leaves(found: Any) -> None:
-    strip = found.strips[2]
-    assert strip.way == "inpainting"
-    assert {len(made) for made in strip.rows.values()} == {2}
+@pytest.mark.slow
+def test_inpainting_keeps_what_the_mask_leaves(run: Path, edited: Any) -> None:
+    """Both sides paint the middle anew, each its own way; around it both keep one picture."""
+    for strip in edited.strips[2:]:
+        assert strip.way == "inpainting"
+        base, model = (
+            np.asarray(strip.rows[side][1], float)
+            for side in (str(run.parent / "base"), edited.model)
+        )
+        change = np.abs(base - model).mean(axis=2)  # (16, 16)
+        inside = np.zeros((16, 16), bool)
+        inside[4:12, 4:12] = True
+        assert change[inside].mean() > 2 * change[~inside].mean()
 
 
-def test_the_page_shows_all_of_it(found: Any) -> None:
-    page = Page(found.page)
+@pytest.mark.slow
+def test_the_page_shows_all_of_it(edited: Any) -> None:
+    page = Page(edited.page)
     assert "strength 0.3" in page.text and "<b>cat</b>" in page.text
     assert "b" not in {tag for tag, _ in page.tags}, "prompts are escaped"
     # Two prompts by two sides; two ways of editing each at two strengths by two sides.
     assert len(page.pictures()) == 2 * 2 + 2 * 2 + 2 * 2 * 2 * 2
     assert all(attributes["alt"] for attributes in page.pictures())
-    told = json.loads((found.folder / "evaluation.json").read_text())
+    told = json.loads((edited.folder / "evaluation.json").read_text())
     assert told["modality"] == "image" and told["settings"]["edit"] == [0.3, 1.0]
-    assert (found.folder / "before" / "0000.png").is_file()
-    assert len(list((found.folder.parent / "sheet" / "images").iterdir())) == 4
+    assert (edited.folder / "before" / "0000.png").is_file()
+    assert len(list((edited.folder.parent / "sheet" / "images").iterdir())) == 4
 
 
 def test_what_edits_cannot_do_is_refused(run: Path) -> None:
@@ -163,6 +183,7 @@ def test_what_edits_cannot_do_is_refused(run: Path) -> None:
         wing.edit(["x"], [picture(0)], STEPS, strength=0.2, seed=0)
 
 
+@pytest.mark.slow
 def test_a_strength_of_one_forgets_the_picture_and_a_small_one_keeps_it() -> None:
     wing = build_wing(make_pipeline(), adapter=None, **BUILD)
     source = picture(3, 16, 16)

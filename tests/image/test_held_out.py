@@ -123,6 +123,7 @@ def test_strata_are_quarters_and_training_draws_have_none(rows: list[dict[str, A
     assert len(set((first // 250).tolist())) == 4, "a position has no stratum of its own"
 
 
+@pytest.mark.slow
 def test_a_winner_that_gets_worse_raises_the_alarm_while_it_trains(
     rows: list[dict[str, Any]], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
