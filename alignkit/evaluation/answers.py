@@ -96,11 +96,12 @@ def reward_measures(
     rows, prompts = answers.rows, answers.prompts
     after = scores_of(reward, name, prompts, answers.after, rows)
     if not answers.before:
+        means = {part: mean(values, prompts=answers.keys, **how) for part, values in after.items()}
         return {
-            _key("score", part): EvaluationRow.of(
-                _called("score", name, part), mean(values, prompts=answers.keys, **how), better=None
+            _key("score", part): replace(
+                EvaluationRow.of(_called("score", name, part), one, better=None), neutral=None
             )
-            for part, values in after.items()
+            for part, one in means.items()
         }
     before = scores_of(reward, name, prompts, answers.before, rows)
     measures: Measures = {}
