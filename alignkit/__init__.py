@@ -21,6 +21,7 @@ from alignkit.errors import (
     NonFiniteError,
 )
 from alignkit.methods import DPO, KTO, SFT, methods
+from alignkit.mixtures import Mixture
 from alignkit.options import (
     EarlyStop,
     GenerationOptions,
@@ -71,6 +72,7 @@ __all__ = [
     "GenerationOptions",
     "ImageOptions",
     "LoRA",
+    "Mixture",
     "NoiseBank",
     "NonFiniteError",
     "PrecomputedReference",

@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from alignkit.api import config_of
-from alignkit.assemble import check_places, sources_of
+from alignkit.assemble import check_places
 from alignkit.cached import expect
 from alignkit.config import RunConfig, check, resolve_data_options
+from alignkit.data_sources import check_data, sources_of
 from alignkit.methods import Method
 from alignkit.parts import build_objective, build_wing, modality_of
 from alignkit.reference_cache import StoredReference
@@ -57,6 +58,7 @@ def compute_ahead(config: RunConfig) -> CachedPass:
     modality = modality_of(config.policy)
     check(config, modality)
     check_places(config, modality)
+    check_data(config, modality)
     runtime = Runtime(
         sharding=config.trainer.sharding, precision=pick_precision(config.trainer.precision)
     )

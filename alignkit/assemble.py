@@ -8,14 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from alignkit import checkpoint
-from alignkit.bank import Repeated
 from alignkit.cached import expect
-from alignkit.checks.rows import check_labels
 from alignkit.config import RunConfig, changed_keys, check, resolve_data_options, to_mapping
 from alignkit.criteria import describe
+from alignkit.data_sources import check_data, evaluated, sources_of
 from alignkit.errors import CheckpointError, ConfigError
+from alignkit.mixtures import Mixture
 from alignkit.options import LoRA
-from alignkit.parts import Built, build_objective, build_wing, modality_of
+from alignkit.parts import build_objective, build_wing, modality_of
 from alignkit.places import is_missing
 from alignkit.protocols import Wing
 from alignkit.reference_bank import BankedReference
@@ -28,6 +28,7 @@ from alignkit.runtime import Runtime, pick_precision
 from alignkit.screen import tell
 from alignkit.sources import RowSource
 from alignkit.splits import SPLIT
+from alignkit.stream_source import StreamSource
 from alignkit.trainer import Trainer
 
 
@@ -36,6 +37,7 @@ def assemble(config: RunConfig) -> Run | FinishedRun:
     modality = modality_of(config.policy)
     check(config, modality)
     check_places(config, modality)
+    check_data(config, modality)
     if config.trainer.max_steps is None and config.trainer.epochs is None:
         config = replace(config, trainer=replace(config.trainer, epochs=1.0))
     runtime = Runtime(
@@ -57,7 +59,9 @@ def check_places(config: RunConfig, modality: str) -> None:
         DataError: for data that is not there.
         ConfigError: for an adapter or a reference that is not there or does not fit.
     """
-    sets = config.eval_data.values() if isinstance(config.eval_data, Mapping) else ()
+    sets = list(config.eval_data.values()) if isinstance(config.eval_data, Mapping) else []
+    if isinstance(config.data, Mixture):
+        sets = [*sets, *(data for _, data, _ in config.data.entries())]
     for data in (config.data, config.eval_data, *sets):
         if isinstance(data, (str, Path)) and data != SPLIT:
             refuse_missing(data)
@@ -127,6 +131,7 @@ def _assemble_around(
         run.resume(Path(start))
     reference = getattr(objective, "reference", None)
     if isinstance(reference, BankedReference):
+        assert isinstance(source, RowSource)  # images are not streamed
         reference.fill(source.examples)
     if runtime.is_main:
         tell(_banner(config, resolved))
@@ -177,39 +182,6 @@ def _decide(config: RunConfig, folder: RunFolder) -> str | None:
     return None if found is None else str(found)
 
 
-def sources_of(
-    config: RunConfig, wing: Wing, options: Any, objective: Built, runtime: Runtime
-) -> tuple[RowSource, dict[str, RowSource]]:
-    """The rows to train on, and the held-out sets by name."""
-
-    def source(data: Any, epochs: float | None, *, training: bool) -> RowSource:
-        data, read = (data, options) if training else _evaluated(config, data, options)
-        examples = wing.examples(data, read, seed=config.seed, **objective.reads)
-        check_labels(objective.loss, examples.labels)
-        draws = 1 if training else options.eval_draws
-        return RowSource(
-            examples if draws == 1 else Repeated(examples, draws),
-            batch_size=config.trainer.batch_size * draws,
-            epochs=epochs,
-            seed=config.seed,
-            processes=runtime,
-            shuffle=training and config.trainer.shuffle,
-            mismatched=objective.mismatched,
-        )
-
-    training = source(config.data, config.trainer.epochs, training=True)
-    sets = {} if config.eval_data is None else config.eval_data
-    named = sets if isinstance(sets, Mapping) else {"": sets}
-    return training, {name: source(data, 1, training=False) for name, data in named.items()}
-
-
-def _evaluated(config: RunConfig, data: Any, options: Any) -> tuple[Any, Any]:
-    """A held-out set and the options that it is read with."""
-    if isinstance(data, str) and data == SPLIT:
-        return config.data, options.split()
-    return data, options.held_out()
-
-
 def _sample_prompts(config: RunConfig, wing: Wing, options: Any) -> list[Any]:
     if config.run_dir is None:
         return []
@@ -218,11 +190,14 @@ def _sample_prompts(config: RunConfig, wing: Wing, options: Any) -> list[Any]:
         held_out = next(iter(held_out.values()), None)
     if held_out is None:
         return wing.prompts(config.data, options, NUM_SAMPLES)
-    return wing.prompts(*_evaluated(config, held_out, options), NUM_SAMPLES)
+    return wing.prompts(*evaluated(config, held_out, options), NUM_SAMPLES)
 
 
 def _facts(
-    config: RunConfig, wing: Wing, source: RowSource, resolved: Mapping[str, Any]
+    config: RunConfig,
+    wing: Wing,
+    source: RowSource | StreamSource,
+    resolved: Mapping[str, Any],
 ) -> dict[str, Any]:
     """What the report says of the run, apart from its results."""
     policy = config.policy if isinstance(config.policy, (str, Path)) else "model in memory"
@@ -239,11 +214,7 @@ def _facts(
         "modality": wing.modality,
         "method": method,
         "policy": facts | {"precision": resolved["precision"], "processes": resolved["processes"]},
-        "data": {
-            "source": to_mapping(config)["data"],
-            "used": source.num_rows,
-            "skipped": dict(source.examples.skipped),
-        },
+        "data": {"source": to_mapping(config)["data"], **source.facts()},
     }
 
 

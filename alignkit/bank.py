@@ -31,6 +31,9 @@ class Repeated:
     def __len__(self) -> int:
         return len(self.examples) * self.times
 
+    def fingerprint(self) -> str:
+        return self.examples.fingerprint()
+
     def collate(self, indices: Sequence[int], epochs: Sequence[int]) -> Batch:
         return self.examples.collate([index // self.times for index in indices], epochs)
 

@@ -21,6 +21,7 @@ from alignkit.reference_options import AdapterReference, CachedReference
 from alignkit.reference_store import ReferenceStore
 from alignkit.references import NAMED, OtherModel, adapter_reference, is_model, kind_of
 from alignkit.sources import RowSource
+from alignkit.stream_source import StreamSource
 
 
 def cached_reference(
@@ -110,7 +111,7 @@ def _another(of: Any, wing: Wing, other_model: OtherModel, root: Path) -> _Origi
 def expect(
     config: RunConfig,
     objective: Any,
-    source: RowSource,
+    source: RowSource | StreamSource,
     eval_sources: Mapping[str, RowSource],
 ) -> None:
     """Tell a cached reference what it will be asked for."""

@@ -99,9 +99,9 @@ class Sieve:
             )
         self.skipped[reason] += 1
 
-    def warn(self) -> None:
+    def warn(self, name: str | None = None) -> None:
         """Say how many rows were left out, and why."""
-        warn_of_skipped(self.rows.name, self.skipped)
+        warn_of_skipped(name or self.rows.name, self.skipped)
 
 
 def warn_of_skipped(name: str, skipped: Mapping[str, int]) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 from alignkit.checks import check, resolve_data_options
 from alignkit.errors import ConfigError, refuse_unknown
 from alignkit.methods import METHODS, Method
+from alignkit.mixtures import Mixture
 from alignkit.options import (
     EarlyStop,
     GenerationOptions,
@@ -49,7 +50,8 @@ class RunConfig:
         policy: a local folder or hub name of an LLM or a diffusers pipeline; in Python also objects
             in memory. A relative path starts at the working directory, not at the YAML file.
         method: what to optimise: a name, or a mapping with `name` and the method's options.
-        data: a file (jsonl, json, csv, parquet), a folder or a hub name; in Python also rows.
+        data: a file (jsonl, json, csv, parquet), a folder or a hub name, or a mapping `mixture`
+            from several of them to their weights; in Python also rows.
         eval_data: like data, or a mapping from set names to such.
         reference: "auto", "frozen", "adapter_off", "none", a path or hub name, or a mapping with
             `kind` (adapter, cached, ema, synced, precomputed) and its options. Auto: a fresh
@@ -86,7 +88,7 @@ class RunConfig:
 IN_FILES: Mapping[str, Any] = {
     **hints(RunConfig),
     "policy": str,
-    "data": str,
+    "data": str | Mapping[str, Any],
     "eval_data": str | Mapping[str, str] | None,
     "reference": str | Mapping[str, Any],
     "reward": str | None,
@@ -146,6 +148,9 @@ def _read_key(name: str, value: Any) -> Any:
         return _read_data_options(value)
     if name == "reference" and isinstance(value, Mapping):
         return _read_reference(value)
+    if name == "data" and isinstance(value, Mapping):
+        refuse_unknown_keys("data", value, ["mixture"])
+        return Mixture(read(Mapping[str, float], value.get("mixture"), "data.mixture"))
     if name in ("generation", "trainer") and value is None:
         value = {}  # a section whose lines are all commented out
     return read(IN_FILES[name], value, name)
@@ -228,6 +233,8 @@ def to_plain(value: Any) -> Any:
         return int(value)
     if isinstance(value, Real):
         return float(value)
+    if isinstance(value, Mixture):
+        return {"mixture": {name: to_plain(weight) for name, _, weight in value.entries()}}
     if isinstance(value, _OPTIONS):
         kind = {"kind": value.kind} if isinstance(value, ReferenceOption) else {}
         return kind | {f.name: to_plain(getattr(value, f.name)) for f in fields(value)}

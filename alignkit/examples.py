@@ -30,3 +30,22 @@ class Examples(Protocol):
         another prompt and a weight above 0; its own where there is none.
         """
         ...
+
+    def fingerprint(self) -> str:
+        """A digest of the rows: other data of equal length has another."""
+        ...
+
+
+class StreamedExamples(Protocol):
+    """A wing's data that is prepared a part at a time."""
+
+    stream: Any
+    """`alignkit.stream.Stream` of the raw rows."""
+
+    def prepare(self, numbered: Sequence[tuple[int, Mapping[str, Any]]]) -> Examples:
+        """The usable ones of some raw rows, given with their numbers, in their order."""
+        ...
+
+    def merge(self, rows: Sequence[tuple[Examples, int]]) -> Examples:
+        """Single rows of what `prepare` returned, together."""
+        ...

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -215,3 +216,14 @@ class Labels:
             )
             for place in range(num)
         ]
+
+
+def fingerprint(labels: Labels, contents: Iterable[Sequence[bytes]]) -> str:
+    """A digest of rows: their numbers, what they say, and the parts that they are made of."""
+    digest = hashlib.blake2b(digest_size=16)
+    for row, label, parts in zip(labels.rows, labels.labels, contents, strict=True):
+        said = (label.rank, label.score, label.desirable, sorted(label.numbers.items()))
+        digest.update(f"{row} {said} {[len(part) for part in parts]}".encode())
+        for part in parts:
+            digest.update(part)
+    return digest.hexdigest()

@@ -146,6 +146,10 @@ class TextOptions:
             else padded, sorted where micro_batch is "auto".
         on_bad_row: what happens to rows that cannot be used: "error", or "skip" (counted).
         identical_pairs: pairs whose two answers are the same teach nothing; skipped and counted.
+        streaming: rows are read and tokenised while the model trains, so that they need not fit
+            into memory; then `max_steps` says when to stop. "auto" streams files of 2 GiB or more
+            and what has no length, such as a `datasets.IterableDataset`.
+        shuffle_buffer: rows that are shuffled together when they are streamed.
         columns: our column name -> the data's.
     """
 
@@ -154,15 +158,17 @@ class TextOptions:
     packing: Literal["auto", "prefix", "varlen", "bucket", "none"] = "auto"
     on_bad_row: BadRow = "error"
     identical_pairs: Identical = "skip"
+    streaming: bool | Literal["auto"] = "auto"
+    shuffle_buffer: int = 10_000
     columns: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        positive("data_options", max_length=self.max_length)
+        positive("data_options", max_length=self.max_length, shuffle_buffer=self.shuffle_buffer)
         object.__setattr__(self, "columns", MappingProxyType(dict(self.columns)))
 
     def held_out(self) -> TextOptions:
-        """The options of rows that are evaluated: the same."""
-        return self
+        """The options of rows that are evaluated: those are few, and read as a whole."""
+        return replace(self, streaming=False)
 
     @property
     def eval_draws(self) -> int:

@@ -48,8 +48,10 @@ def write_outcome(run: Run) -> Path | None:
 
 def _facts(run: Run, folder: RunFolder) -> ReportFacts:
     method, adapter = run.config.method, run.config.adapter
+    # Of a stream, what was left out is known now.
+    data = {**run.facts["data"], **getattr(run.trainer.source, "facts", dict)()}
     return ReportFacts(
-        **run.facts,
+        **{**run.facts, "data": data},
         citations=citations(
             method.name,
             named_losses(method),

@@ -14,8 +14,9 @@ from types import MappingProxyType
 from typing import Any, overload
 
 from alignkit.errors import DataError, nearest
+from alignkit.hub import is_dataset, load_hub, undecoded
 from alignkit.places import SUFFIXES, is_missing
-from alignkit.shards import SHARDED, shards_of
+from alignkit.shards import SHARD_SUFFIXES, SHARDED, shards_of
 
 Row = dict[str, Any]
 
@@ -67,13 +68,7 @@ class Rows(Sequence[Row]):
             raise DataError(
                 f"{self.where(index)}: a row is a dict of columns; got {type(found).__name__}."
             )
-        row = dict(found)
-        # Two passes, so that columns can also be swapped: {"chosen": "rejected", "rejected":
-        # "chosen"}.
-        renamed = {ours: row[theirs] for ours, theirs in self._columns.items() if theirs in row}
-        for theirs in self._columns.values():
-            row.pop(theirs, None)
-        return {**row, **renamed}
+        return renamed(found, self._columns)
 
     def __iter__(self) -> Iterator[Row]:
         return (self[i] for i in range(self._size))
@@ -82,6 +77,16 @@ class Rows(Sequence[Row]):
         """How errors name a row: its number from 0, the data, and the line if it has one."""
         line = f", line {self._lines[index]}" if self._lines is not None else ""
         return f"Row {index} (counted from 0) of {self.name}{line}"
+
+
+def renamed(found: Mapping[str, Any], columns: Mapping[str, str]) -> Row:
+    """A row under our names."""
+    row = dict(found)
+    # Two passes, so that columns can also be swapped: {"chosen": "rejected", "rejected": "chosen"}.
+    ours = {ours: row[theirs] for ours, theirs in columns.items() if theirs in row}
+    for theirs in columns.values():
+        row.pop(theirs, None)
+    return {**row, **ours}
 
 
 def read_rows(
@@ -107,12 +112,12 @@ def read_rows(
     """
     if isinstance(data, str | Path):
         rows = _read_place(str(data), split)
-    elif isinstance(data, Mapping) and not _is_dataset(data):
+    elif isinstance(data, Mapping) and not is_dataset(data):
         raise DataError(
             "Rows are a sequence of dicts, not one dict; got a dict with the keys "
             f"{', '.join(map(repr, list(data)[:8]))}. Write [{{...}}, {{...}}]."
         )
-    elif _is_dataset(data):
+    elif is_dataset(data):
         rows = _read_dataset(data, split, name=f"the given {type(data).__name__}")
     elif isinstance(data, Sequence) and not isinstance(data, bytes):
         rows = Rows(len(data), data.__getitem__, name="the given list")
@@ -123,12 +128,13 @@ def read_rows(
         )
     if not len(rows):
         raise DataError(f"Data must hold at least one row; {rows.name} is empty.")
-    _check_renames(rows[0], columns, rows.name)
+    check_renames(rows[0], columns, rows.name)
     rows._columns = dict(columns)
     return rows
 
 
-def _check_renames(first: Row, columns: Mapping[str, str], name: str) -> None:
+def check_renames(first: Row, columns: Mapping[str, str], name: str) -> None:
+    """Raise `DataError` for a column that is to be renamed and is not there."""
     for ours, theirs in columns.items():
         if theirs not in first:
             found = ", ".join(sorted(map(str, first)))
@@ -145,7 +151,7 @@ def _read_place(place: str, split: str) -> Rows:
     if path.is_file():
         return _read_file(path)
     refuse_missing(place)
-    return _read_hub(place, split)
+    return _read_dataset(load_hub(place, split), split, name=place)
 
 
 def refuse_missing(place: str | Path) -> None:
@@ -155,23 +161,39 @@ def refuse_missing(place: str | Path) -> None:
 
 
 def _read_folder(folder: Path, split: str) -> Rows:
-    for stem in ("metadata", split):
-        for suffix in SUFFIXES:
-            if (folder / f"{stem}{suffix}").is_file():
-                return _read_file(folder / f"{stem}{suffix}")
-    if (folder / "dataset_info.json").is_file() or (folder / "dataset_dict.json").is_file():
+    if (files := files_of(folder, split)) is None:
         import datasets
 
         return _read_dataset(datasets.load_from_disk(str(folder)), split, name=str(folder))
-    files = sorted(path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES)
     if len(files) == 1:
         return _read_file(files[0])
+    if files[0].suffix.lower() in SHARDED:
+        return _read_shards(files, str(folder))
+    found = [row for file in files for row in _read_file(file)]
+    return Rows(len(found), found.__getitem__, name=str(folder), folder=folder)
+
+
+def files_of(folder: Path, split: str) -> list[Path] | None:
+    """The files of a folder that hold a split; None for what `datasets.save_to_disk` wrote.
+
+    Raises:
+        DataError: if that cannot be told.
+    """
+    for stem in ("metadata", split):
+        for suffix in SUFFIXES:
+            if (folder / f"{stem}{suffix}").is_file():
+                return [folder / f"{stem}{suffix}"]
+    if (folder / "dataset_info.json").is_file() or (folder / "dataset_dict.json").is_file():
+        return None
+    files = sorted(path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES)
+    if len(files) == 1:
+        return files
     if shards := shards_of(files, split):
-        return _read_shards(shards, str(folder))
+        return shards
     found = ", ".join(sorted(path.name for path in folder.iterdir())[:12]) or "nothing"
     raise DataError(
         "A data folder holds metadata.jsonl, metadata.json, metadata.csv or metadata.parquet (or "
-        f"{split}.*), shards of one format ({', '.join(SHARDED)}), or a dataset written by "
+        f"{split}.*), shards of one format ({', '.join(SHARD_SUFFIXES)}), or a dataset written by "
         f"datasets.save_to_disk; {folder} holds {found}. Name the file itself, or rename it to "
         "metadata.*."
     )
@@ -256,40 +278,9 @@ def _read_shards(paths: Sequence[Path], name: str) -> Rows:
     return Rows(len(found), get, name=name, folder=folder, sealed=suffix == ".tar")
 
 
-def _is_dataset(data: Any) -> bool:
-    # Told by the module's name: `datasets` is imported only when somebody hands a dataset over.
-    return any(cls.__module__.split(".")[0] == "datasets" for cls in type(data).__mro__)
-
-
-def _read_hub(name: str, split: str) -> Rows:
-    import datasets
-
-    try:
-        found = datasets.load_dataset(name, split=split)
-    except (
-        Exception
-    ) as error:  # the hub client, the network and the dataset's own files all raise here
-        raise DataError(
-            f"Data must be a path that exists or a dataset on the hub with a split {split!r}; "
-            f"{name!r} is neither here nor could it be loaded: {type(error).__name__}: {error}"
-        ) from error
-    return _read_dataset(found, split, name=name)
-
-
 def _read_dataset(data: Any, split: str, *, name: str) -> Rows:
-    import datasets
-
-    if isinstance(data, datasets.DatasetDict | datasets.IterableDatasetDict):
-        if split not in data:
-            raise DataError(
-                f"{name} has the splits {', '.join(data)}, and none is {split!r}. Hand over one "
-                f"of them, such as data[{next(iter(data), split)!r}]."
-            )
-        data = data[split]
-    for column, feature in (data.features or {}).items():
-        if getattr(feature, "decode", False):
-            data = data.cast_column(column, type(feature)(decode=False))
-    if isinstance(data, datasets.IterableDataset):
+    data = undecoded(data, split, name=name)
+    if not hasattr(data, "__len__"):  # an IterableDataset
         found = list(data)
         return Rows(len(found), found.__getitem__, name=name)
     # A format such as "torch" would turn numbers and strings into tensors.

@@ -87,6 +87,9 @@ SHARDED: dict[str, type[ParquetRows] | type[TarRows]] = {
     ".parquet": ParquetRows,
     ".tar": TarRows,
 }
+"""Formats of many files in a folder whose rows are read by number."""
+
+SHARD_SUFFIXES = (*SHARDED, ".jsonl", ".csv")
 """Formats of which a folder may hold many files of one data set."""
 
 _SPLITS = r"(train|val|valid|validation|dev|test)[-_.]"
@@ -94,7 +97,7 @@ _SPLITS = r"(train|val|valid|validation|dev|test)[-_.]"
 
 def shards_of(files: Sequence[Path], split: str) -> list[Path]:
     """The shards of a split among the files of a folder; all files, where no splits are named."""
-    found = [path for path in files if path.suffix.lower() in SHARDED]
+    found = [path for path in files if path.suffix.lower() in SHARD_SUFFIXES]
     of_split = [path for path in found if re.match(rf"{re.escape(split)}[-_.]", path.name)]
     if not of_split and any(re.match(_SPLITS, path.name) for path in files):
         return []

@@ -12,19 +12,19 @@ from typing import Any
 import torch
 
 from alignkit.batches import Batch
-from alignkit.draws import generator
 from alignkit.errors import CheckpointError, DataError
 from alignkit.examples import Examples
+from alignkit.orders import Mixed, Shuffled
 from alignkit.protocols import Collective
 
 
 class RowSource:
     """Global batches of `batch_size` rows, run on across epochs; this process's share of each.
 
-    The order of epoch e is a permutation keyed by (seed, e), so that the whole state is one
-    number: how many rows have been consumed. Rows go to processes in contiguous blocks; which
-    process sees a row changes nothing, because draws are keyed by the row's position in the global
-    batch.
+    The order of epoch e is a permutation keyed by (seed, e); of a mixture, an order of its sets and
+    a permutation of each. So the whole state is one number: how many rows have been consumed. Rows
+    go to processes in contiguous blocks; which process sees a row changes nothing, because draws
+    are keyed by the row's position in the global batch.
 
     Args:
         examples: the wing's prepared rows.
@@ -68,7 +68,13 @@ class RowSource:
         self.processes = processes
         self.total_rows = None if epochs is None else max(1, round(epochs * self.num_rows))
         self.consumed = 0
-        self._order: tuple[int, list[int]] = (-1, [])
+        parts = getattr(examples, "parts", ())
+        self._order: Shuffled | Mixed = (
+            Mixed(parts, seed, shuffle=shuffle)
+            if parts
+            else Shuffled(self.num_rows, seed, shuffle=shuffle)
+        )
+        self._fingerprint: str | None = None
 
     @property
     def total_steps(self) -> int | None:
@@ -105,51 +111,86 @@ class RowSource:
             yield alone._share(range(begin, min(begin + self.batch_size, total)))
 
     def _share(self, places: range) -> Batch:
-        rank, size, num = self.processes.rank, self.processes.size, len(places)
-        positions = range(rank * num // size, (rank + 1) * num // size)
-        # A process without a row gets a copy of the first one, with weight 0, to keep in step.
-        absent = len(positions) == 0
-        positions = range(1) if absent else positions
-        drawn = [self._row(places[position]) for position in positions]
-        batch = self._mismatch(drawn, places, positions) if self.mismatched else self._batch(drawn)
-        position = torch.tensor(list(positions), dtype=torch.int64)
-        batch = replace(batch, position=position)
-        if batch.mismatched is not None:
-            batch = replace(batch, mismatched=replace(batch.mismatched, position=position))
-        return batch.absent() if absent else batch
+        drawn = [self._order.row(place) for place in places]
+        return share(self.examples, drawn, self.processes, mismatched=self.mismatched)
 
-    def _batch(self, drawn: Sequence[tuple[int, int]]) -> Batch:
-        return self.examples.collate([row for _, row in drawn], [epoch for epoch, _ in drawn])
-
-    def _mismatch(self, drawn: Sequence[tuple[int, int]], places: range, positions: range) -> Batch:
-        """The batch with its prompts once more, each with the answer of another row."""
-        whole = [self._row(place) for place in places]
-        others = self.examples.mismatched([row for _, row in whole])
-        both = self._batch([*drawn, *(whole[others[position]] for position in positions)])
-        num = len(drawn)
-        batch = both.select(range(num))
-        if batch.num_answers != num:
-            raise DataError("Only single answers can be put to other prompts; got pairs or groups.")
-        content = both.content.recombine(range(num), range(num, 2 * num))
-        return replace(batch, mismatched=replace(batch, content=content))
-
-    def _row(self, place: int) -> tuple[int, int]:
-        """(epoch, row) of the `place`-th row of the whole run."""
-        epoch, index = divmod(place, self.num_rows)
-        if not self.shuffle:
-            return epoch, index
-        if self._order[0] != epoch:
-            permutation = generator("shuffle", self.seed, epoch).permutation(self.num_rows)
-            self._order = (epoch, permutation.tolist())
-        return epoch, self._order[1][index]
+    def facts(self) -> dict[str, Any]:
+        """What the report says of the rows; of a mixture also how many came from each set."""
+        facts = {"used": self.num_rows, "skipped": dict(self.examples.skipped)}
+        if isinstance(self._order, Mixed):
+            facts["drawn"] = self._order.drawn(self.consumed)
+        return facts
 
     def state_dict(self) -> dict[str, Any]:
-        return {"consumed": self.consumed, "num_rows": self.num_rows}
+        return {
+            "consumed": self.consumed,
+            "num_rows": self.num_rows,
+            "fingerprint": self.fingerprint(),
+        }
+
+    def fingerprint(self) -> str:
+        """Of the rows; made once."""
+        if self._fingerprint is None:
+            self._fingerprint = self.examples.fingerprint()
+        return self._fingerprint
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        if state["num_rows"] != self.num_rows:
+        if state.get("num_rows") != self.num_rows:
             raise CheckpointError(
-                f"The checkpoint was made on {state['num_rows']} usable rows, the data now has "
-                f'{self.num_rows}. Give the same data, or start anew with resume="never".'
+                f"The checkpoint was made on {state.get('num_rows', 'streamed')} usable rows, the "
+                f"data now has {self.num_rows}. Give the same data, or start anew with "
+                'resume="never".'
+            )
+        if state["fingerprint"] != self.fingerprint():
+            raise CheckpointError(
+                f"The checkpoint was made on other rows: there are {self.num_rows} as then, and "
+                "their contents have changed. Give the same data and data_options, or start anew "
+                'with resume="never".'
             )
         self.consumed = state["consumed"]
+
+
+def share(
+    examples: Examples,
+    whole: Sequence[tuple[int, int]],
+    processes: Collective,
+    *,
+    mismatched: bool,
+) -> Batch:
+    """This process's share of a global batch.
+
+    Args:
+        examples: with the rows.
+        whole: (epoch, row) of the global batch.
+        processes: rank and size.
+        mismatched: see `RowSource`.
+    """
+    rank, size, num = processes.rank, processes.size, len(whole)
+    positions = range(rank * num // size, (rank + 1) * num // size)
+    # A process without a row gets a copy of the first one, with weight 0, to keep in step.
+    absent = len(positions) == 0
+    positions = range(1) if absent else positions
+    drawn = [whole[position] for position in positions]
+    batch = _mismatch(examples, whole, positions) if mismatched else _collated(examples, drawn)
+    position = torch.tensor(list(positions), dtype=torch.int64)
+    batch = replace(batch, position=position)
+    if batch.mismatched is not None:
+        batch = replace(batch, mismatched=replace(batch.mismatched, position=position))
+    return batch.absent() if absent else batch
+
+
+def _collated(examples: Examples, drawn: Sequence[tuple[int, int]]) -> Batch:
+    return examples.collate([row for _, row in drawn], [epoch for epoch, _ in drawn])
+
+
+def _mismatch(examples: Examples, whole: Sequence[tuple[int, int]], positions: range) -> Batch:
+    """The batch with its prompts once more, each with the answer of another row."""
+    others = examples.mismatched([row for _, row in whole])
+    drawn = [whole[position] for position in positions]
+    both = _collated(examples, [*drawn, *(whole[others[position]] for position in positions)])
+    num = len(drawn)
+    batch = both.select(range(num))
+    if batch.num_answers != num:
+        raise DataError("Only single answers can be put to other prompts; got pairs or groups.")
+    content = both.content.recombine(range(num), range(num, 2 * num))
+    return replace(batch, mismatched=replace(batch, content=content))

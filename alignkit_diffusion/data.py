@@ -82,6 +82,9 @@ class ImageExamples:
         )
         return self.labels.batch(content, indices)
 
+    def fingerprint(self) -> str:
+        return self.table.fingerprint()
+
     def mismatched(self, indices: Sequence[int]) -> list[int]:
         return self.labels.mismatched(indices, [self.table.prompt(index) for index in indices])
 

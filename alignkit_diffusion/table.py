@@ -5,6 +5,7 @@ N rows, M images, row by row. Rows, pictures and labels are made when they are a
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, overload
@@ -160,6 +161,14 @@ class RowTable:
         given = [name for name in NUMBERS if not np.isnan(self.columns[name]).all()]
         scored = not bool(np.isnan(self.columns["score"]).all())
         return Labels(_Numbers(self), _Labels(self), given=given, scored=scored)
+
+    def fingerprint(self) -> str:
+        """A digest of all rows."""
+        digest = hashlib.blake2b(digest_size=16)
+        for name in _PER_ROW + _PER_IMAGE:
+            digest.update(np.ascontiguousarray(self.columns[name]).tobytes())
+        digest.update(json.dumps([self.prompts, self.sources]).encode())
+        return digest.hexdigest()
 
     def dump(self, **facts: Any) -> dict[str, np.ndarray]:
         """As arrays to be written; `facts` come back from `load`."""

@@ -218,6 +218,9 @@ class TableExamples:
     def __len__(self) -> int:
         return self.num
 
+    def fingerprint(self) -> str:
+        return str(self.num)
+
     def collate(self, indices: Sequence[int], epochs: Sequence[int]) -> Batch:
         self.asked += zip(indices, epochs, strict=True)
         rows = list(indices)

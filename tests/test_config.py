@@ -161,7 +161,10 @@ def test_a_number_as_text_is_a_number_where_one_is_expected():
         ({"data_options": {"flip": "x"}}, r"data_options\.flip must be true or false; got 'x'"),
         ({"seed": "x"}, r"seed must be a whole number; got 'x'"),
         ({"policy": None}, r"policy must be given; add a line `policy: \.\.\.`"),
-        ({"data": [{"prompt": "x"}]}, r"data must be text; got \[\{'prompt': 'x'\}\] \(list\)"),
+        (
+            {"data": [{"prompt": "x"}]},
+            r"data must be text or a mapping; got \[\{'prompt': 'x'\}\] \(list\)",
+        ),
         ({"recipe": "instructgpt"}, r"recipe is not supported; got 'instructgpt'"),
         ({"reference": {"ema": 0.9}}, r"reference as a mapping has a kind, such as"),
         ({"reference": {"kind": "emma"}}, r"Unknown reference\.kind 'emma'\. Did you mean 'ema'"),

@@ -42,13 +42,24 @@ IMAGES = ("image", "images")
 
 
 def read_examples(
-    rows: Rows, tokenizer: Any, options: TextOptions, kind: str, loss_on: str = "completion"
+    rows: Rows,
+    tokenizer: Any,
+    options: TextOptions,
+    kind: str,
+    loss_on: str = "completion",
+    first: int = 0,
 ) -> TextExamples:
-    """Check, tokenise and cut all rows of some data; see `Reader`."""
+    """Check, tokenise and cut all rows of some data, numbered from `first` on; see `Reader`."""
     reader = Reader(rows, tokenizer, options, kind, loss_on)
     usable, labels = reader.read(enumerate(rows))
     reader.warn()
+    usable = numbered_from(first, usable)
     return TextExamples(usable, labels, dict(reader.skipped), reader.chat)
+
+
+def numbered_from(first: int, rows: list[TokenRow]) -> list[TokenRow]:
+    """Rows with other numbers, where several data sets are one."""
+    return [replace(row, number=first + row.number) for row in rows] if first else rows
 
 
 class Reader:
@@ -132,11 +143,15 @@ class Reader:
                     labels += label if isinstance(label, tuple) else [label]
         return usable, labels
 
+    def recognise(self, first: Mapping[str, Any]) -> None:
+        """Read all rows as the layout that the data's first row has."""
+        self._seen = True
+        self._layout = recognise(first, self._kind)
+
     def _ours(self, row: Mapping[str, Any]) -> Mapping[str, Any]:
         """The row in our columns, where the first one was recognised as a published layout."""
         if not self._seen:
-            self._seen = True
-            self._layout = recognise(row, self._kind)
+            self.recognise(row)
             if self._layout is not None:
                 log.warning("%s: read as %s, by its columns.", self._name, self._layout.name)
         if self._layout is None:
@@ -158,11 +173,11 @@ class Reader:
         prompt, answers = splitter.split(item, tokens) if isinstance(item, Rendered) else item
         return TokenRow(number, *self._limits.cut(splitter.begun(prompt), answers))
 
-    def warn(self) -> None:
+    def warn(self, name: str | None = None) -> None:
         """Say how many rows were cut or left out, and why."""
-        self._limits.warn(self._name)
-        self._splitter.warn(self._name)
-        self._sieve.warn()
+        self._limits.warn(name or self._name)
+        self._splitter.warn(name or self._name)
+        self._sieve.warn(name)
 
 
 Tokens = tuple[Ids, tuple[Ids, ...]]

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from alignkit.batches import Batch
-from alignkit.labels import Label, Labels
+from alignkit.labels import Label, Labels, fingerprint
+from alignkit.orders import Part
 from alignkit.text.content import Ids, TextContent
 
 
@@ -34,6 +35,7 @@ class TextExamples:
         rows: the usable rows.
         skipped: reason -> how many rows were left out.
         chat: whether any row was rendered by the chat template.
+        parts: of a mixture, the sets in the order of their rows.
     """
 
     def __init__(
@@ -42,8 +44,10 @@ class TextExamples:
         labels: Sequence[Label],
         skipped: Mapping[str, int],
         chat: bool,
+        parts: Sequence[Part] = (),
     ) -> None:
         self.rows = rows
+        self.parts = parts
         self.labels = Labels([row.number for row in rows], labels)
         self.skipped = skipped
         self.chat = chat
@@ -60,6 +64,13 @@ class TextExamples:
             scored=_scored(rows),
         )
         return self.labels.batch(content, indices)
+
+    def fingerprint(self) -> str:
+        parts = (
+            [ids.tobytes() for ids in (row.prompt, *row.answers, *(row.scored or ()))]
+            for row in self.rows
+        )
+        return fingerprint(self.labels, parts)
 
     def mismatched(self, indices: Sequence[int]) -> list[int]:
         return self.labels.mismatched(indices, [self.rows[i].prompt.tobytes() for i in indices])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,21 +15,26 @@ from torch import nn
 from alignkit.adapters import active_adapters, adapter_on, adapters_off
 from alignkit.capabilities import Sampled
 from alignkit.columns import check_kind
-from alignkit.errors import ConfigError
 from alignkit.memory import align_memory
+from alignkit.mixtures import Mixture
 from alignkit.options import GenerationOptions, LoRA, TextOptions
 from alignkit.protocols import Wing
 from alignkit.rows import read_rows
+from alignkit.stream import open_stream
 from alignkit.text.backend import TextBackend
-from alignkit.text.data import read_examples
+from alignkit.text.data import Reader, read_examples
 from alignkit.text.examples import TextExamples
-from alignkit.text.formats import left_open, prompt_of, prompt_text, render_prompt
+from alignkit.text.fit import check_fit
+from alignkit.text.formats import left_open, prompt_text, render_prompt
 from alignkit.text.generation import generate, is_cut
 from alignkit.text.handed import State, base_of, evaluating, max_positions, uncompiled
 from alignkit.text.likelihood import TextLikelihood
 from alignkit.text.loading import load, refuse_other_models
+from alignkit.text.mixed import read_mixture
 from alignkit.text.noise import embedding_of
 from alignkit.text.policy import attach, checkpoint_layers, checkpointing_obstacle, detach
+from alignkit.text.prompts import distinct_prompts
+from alignkit.text.streamed import TextStream
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -149,40 +155,36 @@ class TextWing:
         return active_adapters(self.policy)
 
     def examples(
+        self, data: Any, options: TextOptions, *, kind: str, seed: int, loss_on: str = "completion"
+    ) -> TextExamples:
+        check_kind(kind)
+        if isinstance(data, Mixture):
+            examples = read_mixture(data, self.tokenizer, options, kind, loss_on)
+        else:
+            rows = read_rows(data, columns=options.columns)
+            examples = read_examples(rows, self.tokenizer, options, kind, loss_on)
+        check_fit(self.policy, examples)
+        self.chat = examples.chat
+        self.backend.choose(options.packing)
+        return examples
+
+    def stream(
         self,
         data: Any,
         options: TextOptions,
         *,
         kind: str,
-        seed: int,
         loss_on: str = "completion",
-    ) -> TextExamples:
+        first: int = 0,
+    ) -> TextStream:
+        """Rows that are prepared while the model trains; they are numbered from `first` on."""
         check_kind(kind)
-        rows = read_rows(data, columns=options.columns)
-        examples = read_examples(rows, self.tokenizer, options, kind, loss_on)
-        self._check_fit(examples)
-        self.chat = examples.chat
+        opened = open_stream(data, columns=options.columns)
+        reader = partial(Reader, opened, self.tokenizer, options, kind, loss_on)
+        found = TextStream(opened, reader, partial(check_fit, self.policy), first)
+        self.chat = (self.chat and first > 0) or found.chat
         self.backend.choose(options.packing)
-        return examples
-
-    def _check_fit(self, examples: TextExamples) -> None:
-        """Ids and positions beyond the embeddings would read past their end, and kill a GPU."""
-        size = self.policy.get_input_embeddings().weight.shape[0]
-        top, length = 0, 0
-        for row in examples.rows:
-            top = max(top, *(int(ids.max()) for ids in (row.prompt, *row.answers)))
-            length = max(length, len(row.prompt) + max(map(len, row.answers)))
-        if top >= size:
-            raise ConfigError(
-                f"The tokenizer gives id {top} and the model has {size} embeddings: they do not "
-                "belong together. Give the model's own tokenizer, or resize the embeddings."
-            )
-        positions = max_positions(self.policy)
-        if positions is not None and length > positions:
-            raise ConfigError(
-                f"The longest row has {length} tokens, and the model has {positions} positions. "
-                f"Set data_options.max_length={positions}, so that longer rows are cut."
-            )
+        return found
 
     def sample(self, prompts: Sequence[Any], options: GenerationOptions, *, seed: int) -> list[str]:
         """One answer per prompt; bare strings are wrapped as a user's turn if the data was chat."""
@@ -234,15 +236,7 @@ class TextWing:
         return [i for i in dict.fromkeys([*listed, self.tokenizer.eos_token_id]) if i is not None]
 
     def prompts(self, data: Any, options: TextOptions, limit: int) -> list[Any]:
-        found: dict[str, Any] = {}
-        for row in read_rows(data, columns=options.columns):
-            prompt = prompt_of(self.tokenizer, row)
-            if prompt is None:
-                continue
-            found.setdefault(repr(prompt), prompt)
-            if len(found) >= limit:
-                break
-        return list(found.values())
+        return distinct_prompts(data, self.tokenizer, options, limit)
 
     @staticmethod
     def prompt_text(prompt: Any) -> str:

@@ -155,7 +155,8 @@ def test_hub_names_go_to_datasets(monkeypatch: pytest.MonkeyPatch) -> None:
 
     asked = []
 
-    def load(name: str, split: str) -> Any:
+    def load(name: str, split: str, *, streaming: bool) -> Any:
+        assert not streaming
         asked.append((name, split))
         if name == "owner/gone":
             raise FileNotFoundError("not there")

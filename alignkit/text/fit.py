@@ -1,0 +1,33 @@
+"""Whether prepared rows fit the model that reads them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from alignkit.errors import ConfigError
+from alignkit.text.examples import TextExamples
+from alignkit.text.handed import max_positions
+
+
+def check_fit(policy: Any, examples: TextExamples) -> None:
+    """Ids and positions beyond the embeddings would read past their end, and kill a GPU.
+
+    Raises:
+        ConfigError: if there are any.
+    """
+    size = policy.get_input_embeddings().weight.shape[0]
+    top, length = 0, 0
+    for row in examples.rows:
+        top = max(top, *(int(ids.max()) for ids in (row.prompt, *row.answers)))
+        length = max(length, len(row.prompt) + max(map(len, row.answers)))
+    if top >= size:
+        raise ConfigError(
+            f"The tokenizer gives id {top} and the model has {size} embeddings: they do not "
+            "belong together. Give the model's own tokenizer, or resize the embeddings."
+        )
+    positions = max_positions(policy)
+    if positions is not None and length > positions:
+        raise ConfigError(
+            f"The longest row has {length} tokens, and the model has {positions} positions. "
+            f"Set data_options.max_length={positions}, so that longer rows are cut."
+        )
