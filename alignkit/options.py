@@ -7,7 +7,7 @@ by itself when it is made; combinations are checked in `alignkit.config`, before
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Literal
 

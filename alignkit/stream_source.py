@@ -234,7 +234,7 @@ class StreamSource:
     def preview(self, steps: int) -> Iterator[Batch]:
         """What the next `steps` batches hold, over all processes, without moving on."""
         alone = copy.copy(self)
-        alone.processes = SimpleNamespace(rank=0, size=1)  # type: ignore[assignment]
+        alone.processes = SimpleNamespace(rank=0, size=1)
         alone.cursors = {name: cursor.fork() for name, cursor in self.cursors.items()}
         alone._drawn = Counter()
         return islice(alone, steps)
