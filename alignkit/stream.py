@@ -7,7 +7,7 @@ start. So any place in it can be found again, and units can be put in any order.
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import accumulate
 from pathlib import Path
 from types import MappingProxyType
@@ -18,6 +18,13 @@ from alignkit.hub import is_dataset, load_hub, undecoded
 from alignkit.places import is_missing
 from alignkit.rows import Row, Rows, check_renames, files_of, read_rows, renamed
 from alignkit.stream_files import UNIT, Lines, Records, RowGroups, Shard
+
+READERS: Mapping[str, Callable[[Path], Shard]] = {
+    ".jsonl": Lines,
+    ".csv": Records,
+    ".parquet": RowGroups,
+}
+"""Format of a file -> how it is read from any of its units on."""
 
 STREAM_FROM = 2 * 2**30
 """Bytes of files from which on streaming="auto" streams them."""
@@ -104,7 +111,9 @@ def is_streamed(data: Any, streaming: bool | str) -> bool:
     if is_dataset(data):
         return not hasattr(data, "__len__")
     files = _files(data, "train") if isinstance(data, (str, Path)) else None
-    return sum(file.stat().st_size for file in files or ()) >= STREAM_FROM
+    if not files or any(file.suffix.lower() not in READERS for file in files):
+        return False
+    return sum(file.stat().st_size for file in files) >= STREAM_FROM
 
 
 def _files(place: str | Path, split: str) -> list[Path] | None:
@@ -130,15 +139,13 @@ def _shards(data: Any, split: str) -> tuple[list[Shard], str]:
 
 
 def _open(file: Path) -> Shard:
-    readers: Mapping[str, type] = {".jsonl": Lines, ".csv": Records, ".parquet": RowGroups}
-    reader = readers.get(file.suffix.lower())
+    reader = READERS.get(file.suffix.lower())
     if reader is None:
         raise DataError(
             f"Data that is streamed is .jsonl, .csv or .parquet; {file} is one value, read as a "
             "whole. Write it as .jsonl, or set data_options.streaming=False."
         )
-    shard: Shard = reader(file)
-    return shard
+    return reader(file)
 
 
 class _Sequential:

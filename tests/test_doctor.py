@@ -87,13 +87,14 @@ def test_a_tokenizer_counts_tokens_and_what_is_cut(tmp_path) -> None:
     from tests.builders import pair_rows, tiny_tokenizer
 
     tiny_tokenizer().save_pretrained(tmp_path / "model")
-    options = {"max_length": 24}
-    report = examine(pair_rows(16), tokenizer=str(tmp_path / "model"), data_options=options)
-    longest = report.histograms[1].series["rows"]
-    prompts = report.histograms[0].series["prompt"]
-    full = sum(length >= 24 for length in prompts)
-    over = sum(length > 24 for length in longest)
+    model = str(tmp_path / "model")
+    whole = examine(pair_rows(16), tokenizer=model)
+    prompts, longest = whole.histograms[0].series["prompt"], whole.histograms[1].series["rows"]
+    limit = sorted(prompts)[8]
+    full = sum(length >= limit for length in prompts)
+    over = sum(length > limit for length in longest)
     assert 0 < full < over
+    report = examine(pair_rows(16), tokenizer=model, data_options={"max_length": limit})
     assert {what: count for what, count, _ in report.tables[-1].rows} == {
         "the prompt leaves no room for an answer": full,
         "cut to max_length": over - full,

@@ -12,6 +12,7 @@ from alignkit.errors import ConfigError, refuse_unknown
 from alignkit.options import ImageOptions, TextOptions
 from alignkit.rows import read_rows
 from alignkit.schema import build
+from alignkit.stream import is_streamed, open_stream
 
 EXAMINERS: Mapping[str, tuple[str, type[TextOptions] | type[ImageOptions]]] = {
     "text": ("alignkit.text.examination", TextOptions),
@@ -38,7 +39,7 @@ def examine(
     Args:
         data: as `align` takes it.
         modality: "text" or "image"; "auto" goes by the columns.
-        kind: "pairs", "groups" or "unpaired"; "auto" goes by the columns.
+        kind: "pairs", "groups", "unpaired" or "supervised"; "auto" goes by the columns.
         tokenizer: a folder or hub name whose tokenizer counts lengths; without one they are
             counted in characters. Text only.
         data_options: those of the run that will use the data.
@@ -49,7 +50,9 @@ def examine(
     """
     given = dict(data_options or {})
     if modality == "auto":
-        modality = modality_of_rows(read_rows(data, columns=given.get("columns") or {})[0])
+        opened = open_stream if is_streamed(data, "auto") else read_rows
+        rows = opened(data, columns=given.get("columns") or {})
+        modality = modality_of_rows(next(iter(rows)))
     refuse_unknown("modality", modality, EXAMINERS)
     place, options = EXAMINERS[modality]
     if tokenizer is not None and modality != "text":
