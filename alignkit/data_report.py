@@ -10,6 +10,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+Level = Literal["good", "note", "warning"]
+
 
 @dataclass(frozen=True)
 class Finding:
@@ -21,7 +23,7 @@ class Finding:
         text: what is so, and what to do about it.
     """
 
-    level: Literal["good", "note", "warning"]
+    level: Level
     text: str
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from alignkit.data_report import Finding
+from alignkit.data_report import Finding, Level
 from alignkit.intervals import wilson
 
 BIASED = 0.1
@@ -38,14 +38,14 @@ def _losses(seen: Any, losses: Sequence[tuple[str, int, str]]) -> Finding:
         return Finding("good", "Every row can be used as it is.")
     listed = "; ".join(f"{what} ({count})" for what, count, _ in losses)
     share = sum(count for _, count, _ in losses) / max(1, seen.rows)
-    level = "warning" if share > 0.05 else "note"
+    level: Level = "warning" if share > 0.05 else "note"
     return Finding(level, f"A run would leave out or cut {share:.1%} of the rows: {listed}.")
 
 
 def _repeats(seen: Any) -> list[Finding]:
     found = []
     if seen.repeated:
-        level = "warning" if seen.repeated > 0.01 * seen.usable else "note"
+        level: Level = "warning" if seen.repeated > 0.01 * seen.usable else "note"
         text = f"{seen.repeated} rows repeat an earlier one word for word. Remove them, or weigh."
         found.append(Finding(level, text))
     else:
