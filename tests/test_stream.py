@@ -140,7 +140,10 @@ def forms(tmp_path: Path, rows: list[dict[str, Any]]) -> dict[str, Any]:
 NUM = 760
 
 
-@pytest.mark.parametrize("form", ["file", "parquet", "list", "dataset", "endless"])
+SLOWER = [pytest.param(form, marks=pytest.mark.slow) for form in ("parquet", "list", "dataset")]
+
+
+@pytest.mark.parametrize("form", ["file", "endless", *SLOWER])
 def test_every_row_comes_once_an_epoch_and_resuming_loses_none(form, tmp_path) -> None:
     rows = ids_rows(NUM)
     rows[3] = {**rows[3], "rejected_ids": []}  # a bad row
