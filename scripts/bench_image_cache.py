@@ -67,7 +67,7 @@ def main() -> None:
 def build(folder: Path, given: Any) -> Any:
     """A full pass against the VAE alone."""
     on_gpu = given.device != "cpu"
-    side, count, rounds = (1024, 96, 5) if on_gpu else (256, 24, 5)
+    side, count, rounds = (1024, 96, 5) if on_gpu else (128, 24, 5)
     if given.quick:
         side, count, rounds = 64, 8, 1
     widths = (128, 256, 512, 512) if on_gpu else (64, 128, 256, 256)

@@ -11,11 +11,13 @@ from typing import Any
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
 from alignkit import DPO, LoRA, TrainerOptions, align
+from alignkit.cli import app
 from alignkit.errors import DataError
 from alignkit.options import ImageOptions
-from alignkit_diffusion import build
+from alignkit_diffusion import build, caching
 from alignkit_diffusion.autoencoder import Autoencoder
 from alignkit_diffusion.cache import build as building
 from alignkit_diffusion.unloaded import is_shell
@@ -265,6 +267,41 @@ def test_errors_name_the_row_and_leave_what_was_done(
     picture(10, 33, 17).save(data / "chosen_5.png")
     read(str(pipeline_folder), data, options(tmp_path / "cache"))
     assert sum(encoded) == 16 and before < 16
+
+
+def test_the_command_fills_mends_and_loads_no_unet(
+    pipeline_folder: Path,
+    rows: Rows,
+    image_folder: Write,
+    tmp_path: Path,
+    encoded: list[int],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    loaded = []
+    plain = caching.load_policy
+    monkeypatch.setattr(
+        caching, "load_policy", lambda *a, **k: loaded.append(plain(*a, **k)) or loaded[-1]
+    )
+    data, cache = image_folder(rows), tmp_path / "cache"
+    command = ["cache", "images", str(data), "--model", str(pipeline_folder)]
+    command += ["--folder", str(cache), "data_options.resolution=16"]
+    command += ["data_options.cache_dtype=fp32"]
+    first = CliRunner().invoke(app, command)
+    assert first.exit_code == 0, first.output
+    assert "rows: 8\nimages: 16\nprompts: 4\nencoded: 16\ndamaged: 0" in first.output
+    assert is_shell(loaded[0].pipe.unet) and sum(encoded) == 16
+    flip_a_bit(latent_shards(cache)[0])
+    again = CliRunner().invoke(app, command)
+    assert "encoded: 0\ndamaged: 0" in again.output
+    mended = CliRunner().invoke(app, [*command, "--verify"])
+    assert "encoded: 1\ndamaged: 1" in mended.output
+    encoded.clear()
+    wing, examples = read(str(pipeline_folder), data, options(cache))
+    assert not encoded and shells(wing) == [True] * 3
+    _, uncached = read(str(pipeline_folder), data, ImageOptions(resolution=16))
+    assert equal(batch_of(examples), batch_of(uncached), 1e-5)
+    missing = CliRunner().invoke(app, command[:3])
+    assert missing.exit_code == 2 and "--model PIPELINE" in missing.output
 
 
 @pytest.mark.slow  # imports datasets
