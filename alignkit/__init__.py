@@ -13,6 +13,7 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from alignkit.betas import convert_beta
 from alignkit.errors import (
     AlignkitError,
     CheckpointError,
@@ -89,6 +90,7 @@ __all__ = [
     "cache_images",
     "cache_reference",
     "citations",
+    "convert_beta",
     "evaluate",
     "export_merged",
     "fill_sheet",

@@ -18,9 +18,6 @@ from alignkit.batches import Batch, Likelihood
 from alignkit.examples import Examples
 from alignkit.protocols import Backend, Draw, Reference
 
-CHUNK = 64
-"""Rows that are read together while the bank is filled."""
-
 
 class BankedReference:
     """The log-likelihoods of another reference, from a table by row and number of the draw.
@@ -33,6 +30,8 @@ class BankedReference:
         draws: K.
         seed: of the draws.
         budget: groups per micro-batch while filling.
+        rows: read together while filling; with as many as a step has, micro-batches are as large
+            as a step's, and kernels round alike.
         keep: whether `inner` is asked again after filling, for evaluations; otherwise it is let go.
     """
 
@@ -44,6 +43,7 @@ class BankedReference:
         draws: int,
         seed: int,
         budget: int | str,
+        rows: int,
         keep: bool,
     ) -> None:
         self.inner: Reference | None = inner
@@ -51,6 +51,7 @@ class BankedReference:
         self.draws = draws
         self.seed = seed
         self.budget = budget
+        self.rows = rows
         self.keep = keep
         self.table: dict[int, Tensor] = {}
         self.runtime: Any = None
@@ -78,9 +79,9 @@ class BankedReference:
 
     def _evaluated(self, examples: Examples, rows: range) -> Iterator[tuple[int, Tensor]]:
         """Row id -> (K, answers) log-likelihoods on the CPU."""
-        starts = range(0, len(rows), CHUNK)
+        starts = range(0, len(rows), self.rows)
         for start in tqdm(starts, desc="Reference", leave=False, disable=None):
-            some = rows[start : start + CHUNK]
+            some = rows[start : start + self.rows]
             batch = examples.collate(some, [0] * len(some))
             for piece in self.backend.split(batch, self.budget):
                 totals = torch.stack([self._totals(piece, k) for k in range(self.draws)])  # (K, N)

@@ -142,6 +142,7 @@ def _banked(
         draws=option.draws,
         seed=config.seed,
         budget=config.trainer.micro_batch,
+        rows=config.trainer.batch_size,
         keep=config.eval_data is not None,
     )
     return f"{kind}, on a bank of {option.draws} draws per row", reference

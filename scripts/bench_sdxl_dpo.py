@@ -17,7 +17,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -69,23 +69,24 @@ class Arm:
         self.process.wait()
 
 
-def measure(rounds: int, quick: bool) -> dict[str, Any]:
-    """Steps of all arms in turn; the first round warms up and counts FLOPs."""
+def measure(rounds: int, start: Callable[[str, Path], Any]) -> dict[str, Any]:
+    """Steps of all arms in turn, one to warm up before; `start` makes an arm by its name."""
     with tempfile.TemporaryDirectory() as folder:
-        maker = Arm("prepare", Path(folder), quick)
+        maker = start("prepare", Path(folder))
         proportions = maker.ask("prepare")
         maker.end()
-        arms: dict[str, Arm] = {}
+        arms: dict[str, Any] = {}
         try:
             for name in ARMS:
-                arms[name] = Arm(name, Path(folder), quick)
+                arms[name] = start(name, Path(folder))
                 arms[name].ask("ready")  # one after the other, so that building does not contend
-            counted = {name: arm.ask("count") for name, arm in arms.items()}
+            first = {name: arm.ask("step")["loss"] for name, arm in arms.items()}
             seconds: dict[str, list[float]] = {name: [] for name in ARMS}
             for _ in range(rounds):
                 for name, arm in arms.items():
                     seconds[name].append(arm.ask("step")["seconds"])
             told = {name: arm.ask("memory") for name, arm in arms.items()}
+            counted = {name: arm.ask("count") for name, arm in arms.items()}
             logits = {n: arm.ask("logits")["logits"] for n, arm in arms.items() if n != "bank"}
         finally:
             for arm in arms.values():
@@ -93,7 +94,7 @@ def measure(rounds: int, quick: bool) -> dict[str, Any]:
     return {
         "proportions": proportions,
         "gflop": {name: one["gflop"] for name, one in counted.items()},
-        "first_loss": {name: one["loss"] for name, one in counted.items()},
+        "first_loss": first,
         "seconds": seconds,
         "mib": {name: one["mib"] for name, one in told.items()},
         "logits": logits,
@@ -166,7 +167,8 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=4)
     parser.add_argument("--quick", action="store_true", help="tiny parts: does everything run?")
     given = parser.parse_args()
-    found = measure(1 if given.quick else given.rounds, given.quick)
+    rounds = 1 if given.quick else given.rounds
+    found = measure(rounds, lambda name, folder: Arm(name, folder, given.quick))
     show(found)
     missed = [] if given.quick else misses(found)
     print("\n".join(missed) or ("not judged" if given.quick else "all bars reached"))

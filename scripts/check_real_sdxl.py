@@ -1,4 +1,4 @@
-"""The true SDXL UNet, all 2,567,463,684 parameters of it, trained three steps on this machine's CPU.
+"""The true SDXL UNet, all 2,567,463,684 parameters of it, trained for three steps on a CPU.
 
 Weights are random and in float32, pictures are noise of 256 px, and VAE and text encoders are as
 small as they may be: a training step runs none of them. What runs is `alignkit.build`, the Trainer,

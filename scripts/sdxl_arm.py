@@ -8,7 +8,7 @@ import resource
 import sys
 import time
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,7 @@ from alignkit.batches import Batch
 from alignkit.config import RunConfig
 from alignkit.draws import generator
 from alignkit.parts import build_objective, build_wing
+from alignkit.reference_bank import BankedReference
 from alignkit.runtime import Runtime
 from alignkit.sources import RowSource
 from alignkit_diffusion.autoencoder import Autoencoder
@@ -143,8 +144,8 @@ class Ours:
             rows, batch_size=BATCH, epochs=None, seed=0, processes=runtime, shuffle=False
         )
         trainer = Trainer(self.objective, source, options, runtime=runtime)
-        if name == "bank":
-            self.objective.reference.fill(rows)  # type: ignore[attr-defined]
+        if isinstance(self.objective.reference, BankedReference):
+            self.objective.reference.fill(rows)
         self.batch = rows.collate(range(BATCH), [0] * BATCH)
         self.records: Iterator[Any] = trainer.steps()
 
@@ -161,7 +162,7 @@ class Theirs:
     """The recipe on pictures and token ids."""
 
     def __init__(self, name: str, shape: Shape, data: dict[str, Tensor]) -> None:
-        self.recipe = Recipe(shape, checkpointing=name == "recipe")
+        self.recipe = Recipe(shape, checkpointing=True)
         self.unet = self.recipe.unet
         self.shape = shape
         self.pixels, self.ids = data["pixels"], data["ids"]
@@ -196,41 +197,62 @@ def resident() -> float:
     return pages * resource.getpagesize() / 2**20
 
 
+class Contestant:
+    """Answers commands.
+
+    Args:
+        name: of the arm, or "prepare".
+        folder: where the data is.
+        shape: sizes of the parts.
+    """
+
+    def __init__(self, name: str, folder: Path, shape: Shape) -> None:
+        self.name, self.folder, self.shape = name, folder, shape
+        self.imports = resident()
+        self.made: Any = None
+
+    def ask(self, command: str) -> dict[str, Any]:
+        return getattr(self, command)()
+
+    def prepare(self) -> dict[str, Any]:
+        return prepare(self.folder, self.shape)
+
+    def ready(self) -> dict[str, Any]:
+        data = torch.load(self.folder / "data.pt", mmap=True)
+        kind = Theirs if self.name == "recipe" else Ours
+        self.made = kind(self.name, self.shape, data)
+        return {}
+
+    def step(self) -> dict[str, Any]:
+        before = time.process_time()
+        loss = self.made.step()
+        return {"seconds": time.process_time() - before, "loss": loss}
+
+    def memory(self) -> dict[str, Any]:
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+        return {"mib": peak - self.imports}
+
+    def count(self) -> dict[str, Any]:
+        with FlopCounterMode(display=False) as counter:
+            self.made.step()
+        return {"gflop": counter.get_total_flops() / 1e9}
+
+    def logits(self) -> dict[str, Any]:
+        perturb(self.made.unet)
+        with torch.no_grad():
+            return {"logits": self.made.logits().tolist()}
+
+    def end(self) -> None:
+        pass
+
+
 def main() -> None:
-    name, folder = sys.argv[1], Path(sys.argv[2])
-    shape = QUICK if "--quick" in sys.argv else REDUCED
     torch.set_num_threads(1)
     logging.disable(logging.WARNING)
-    imports = resident()
-    made: Any = None
+    shape = QUICK if "--quick" in sys.argv else REDUCED
+    contestant = Contestant(sys.argv[1], Path(sys.argv[2]), shape)
     for line in sys.stdin:
-        command = line.strip()
-        answer: dict[str, Any] = {}
-        if command == "prepare":
-            answer = prepare(folder, shape)
-        elif command == "ready":
-            data = torch.load(folder / "data.pt", mmap=True)
-            made = (Theirs if name.startswith("recipe") else Ours)(name, shape, data)
-        elif command == "count":
-            with FlopCounterMode(display=False) as counter:
-                answer["loss"] = made.step()
-            answer["gflop"] = counter.get_total_flops() / 1e9
-        elif command == "step":
-            answer = timed(made.step)
-        elif command == "memory":
-            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-            answer = {"mib": peak - imports}
-        elif command == "logits":
-            perturb(made.unet)
-            with torch.no_grad():
-                answer["logits"] = made.logits().tolist()
-        print(json.dumps(answer), flush=True)
-
-
-def timed(call: Callable[[], Any]) -> dict[str, float]:
-    before = time.process_time()
-    call()
-    return {"seconds": time.process_time() - before}
+        print(json.dumps(contestant.ask(line.strip())), flush=True)
 
 
 if __name__ == "__main__":
