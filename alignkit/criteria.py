@@ -52,8 +52,20 @@ def criterion_of(method: Preference, modality: str) -> Criterion:
             weights = ("desirable_weight", "undesirable_weight")
             given |= {name: getattr(method, name) for name in weights}
         return Criterion(loss, beta_of(loss, method, modality), given)
+    beta = beta_of(loss, method, modality)
     divergence = method.divergence, method.divergence_alpha
-    return Criterion(loss, beta_of(loss, method, modality), given, *divergence)
+    return Criterion(loss, beta, given, *divergence, _scale(loss, method, beta, modality))
+
+
+def _scale(loss: Loss | OwnLoss, method: Preference, beta: float, modality: str) -> float:
+    """Images: what takes the loss's own power of beta away, so that it is a function of the logit.
+
+    At beta 5000 the gradient of IPO's (h - 1/(2 beta))^2 is 1e-7 of sigmoid's, which an optimizer
+    takes for nothing; (beta h - 1/2)^2 has the same minimum and a gradient of sigmoid's size.
+    """
+    if modality != "image" or method.timestep_weighting == "nats" or not isinstance(loss, Loss):
+        return 1.0
+    return 1.0 / loss.size(beta)
 
 
 def loss_of(method: Preference) -> Loss | OwnLoss:

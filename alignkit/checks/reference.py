@@ -94,7 +94,7 @@ def _check_bank(config: RunConfig, modality: str | None) -> None:
             "reference=PrecomputedReference(table)."
         )
     options = config.data_options
-    changing = {"crop": "center", "flip": False, "caption_dropout": 0.0}
+    changing = {"crop": "center", "flip": False, "caption_dropout": 0.0, "latents": "mean"}
     for name, fixed in changing.items():
         if getattr(options, name, fixed) != fixed:
             raise ConfigError(

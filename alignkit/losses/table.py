@@ -107,6 +107,16 @@ class Loss:
             if p.kind is p.KEYWORD_ONLY and p.name not in ("beta", "state")
         }
 
+    def size(self, beta: float) -> float:
+        """How large the loss is at beta, beside beta 1; 1 for most.
+
+        A `scale_free` loss is this times a function of beta * log_ratio. Squared losses with their
+        target at 1 / (2 beta), such as IPO, have 1 / beta^2.
+        """
+        if not self.scale_free or self.at_reference is None or not self.at_reference(1.0):
+            return 1.0
+        return self.at_reference(beta) / self.at_reference(1.0)
+
     def check_keywords(self, given: Mapping[str, Any]) -> None:
         """Raise `ConfigError` for an option that this loss does not have."""
         for name in given:

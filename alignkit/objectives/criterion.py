@@ -70,6 +70,7 @@ class Criterion:
         keywords: the loss's own options.
         divergence, divergence_alpha: what holds the policy to the reference; see
             `alignkit.losses.divergences`.
+        scale: what the losses are multiplied by.
     """
 
     loss: Loss | OwnLoss
@@ -77,6 +78,7 @@ class Criterion:
     keywords: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
     divergence: str = "reverse_kl"
     divergence_alpha: float = 0.5
+    scale: float = 1.0
 
     @classmethod
     def of(cls, loss: Any, *, beta: float, **keywords: Any) -> Criterion:
@@ -116,7 +118,7 @@ class Criterion:
                 f"A preference loss returns one value per example, unreduced; {self.loss.name!r} "
                 f"returned {found} for {num} examples."
             )
-        return losses
+        return losses if self.scale == 1.0 else self.scale * losses
 
     def _measured(self, scores: Any) -> Any:
         return with_divergence(scores, self.divergence, self.divergence_alpha)

@@ -89,6 +89,7 @@ def test_an_interrupted_run_ends_with_the_same_bits(
         ({"data_options": ImageOptions(flip=True)}, r"augmentation.*data_options\.flip=True"),
         ({"data_options": ImageOptions(crop="random")}, r"data_options\.crop='random'"),
         ({"data_options": ImageOptions(caption_dropout=0.1)}, "caption_dropout=0.1"),
+        ({"data_options": ImageOptions(latents="sample")}, "latents='sample'"),
         ({"method": KTO()}, "precomputed reference knows nothing"),
         ({"policy": ("model", "tokenizer")}, "text has none"),
         ({"reference": NoiseBank(of="adapter_off"), "adapter": None}, "without its adapter"),
