@@ -2,8 +2,9 @@
 
 Both train a LoRA of rank 8 on the same pairs, in processes of their own that take steps in turn, so
 that every round is a pair of measurements under the same load. Time is CPU time of one thread.
-Memory is the peak above what imports took, with freed memory kept in the heap for all alike. FLOPs
-of a step stand beside its time.
+Memory is the peak above what imports took, once with freed memory given back, which is what a step
+needs, and once with freed memory kept in the heap, as in the timed processes. FLOPs of a step stand
+beside its time.
 
     python scripts/bench_sdxl_dpo.py [--rounds 4] [--quick]
 """
@@ -42,10 +43,12 @@ KEEP_FREED = (
 class Arm:
     """A process that takes a step when it is told to."""
 
-    def __init__(self, name: str, folder: Path, quick: bool) -> None:
+    def __init__(self, name: str, folder: Path, *, quick: bool, keep: bool) -> None:
         here = Path(__file__).parent
         command = [sys.executable, str(here / "sdxl_arm.py"), name, str(folder)]
-        environment = os.environ | {"GLIBC_TUNABLES": KEEP_FREED, "OMP_NUM_THREADS": "1"}
+        environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        if keep:
+            environment |= {"GLIBC_TUNABLES": KEEP_FREED}
         self.process = subprocess.Popen(
             [*command, *(["--quick"] if quick else [])],
             stdin=subprocess.PIPE,
@@ -69,16 +72,19 @@ class Arm:
         self.process.wait()
 
 
-def measure(rounds: int, start: Callable[[str, Path], Any]) -> dict[str, Any]:
-    """Steps of all arms in turn, one to warm up before; `start` makes an arm by its name."""
+def measure(rounds: int, start: Callable[[str, Path, bool], Any]) -> dict[str, Any]:
+    """Steps of all arms in turn, one to warm up before; then two of each alone, for its memory.
+
+    `start` makes an arm by its name, which keeps freed memory or gives it back.
+    """
     with tempfile.TemporaryDirectory() as folder:
-        maker = start("prepare", Path(folder))
+        maker = start("prepare", Path(folder), True)
         proportions = maker.ask("prepare")
         maker.end()
         arms: dict[str, Any] = {}
         try:
             for name in ARMS:
-                arms[name] = start(name, Path(folder))
+                arms[name] = start(name, Path(folder), True)
                 arms[name].ask("ready")  # one after the other, so that building does not contend
             first = {name: arm.ask("step")["loss"] for name, arm in arms.items()}
             seconds: dict[str, list[float]] = {name: [] for name in ARMS}
@@ -91,14 +97,26 @@ def measure(rounds: int, start: Callable[[str, Path], Any]) -> dict[str, Any]:
         finally:
             for arm in arms.values():
                 arm.end()
+        needed = {name: alone(start(name, Path(folder), False)) for name in ARMS}
     return {
         "proportions": proportions,
         "gflop": {name: one["gflop"] for name, one in counted.items()},
         "first_loss": first,
         "seconds": seconds,
-        "mib": {name: one["mib"] for name, one in told.items()},
+        "kept": {name: one["mib"] for name, one in told.items()},
+        "mib": needed,
         "logits": logits,
     }
+
+
+def alone(arm: Any) -> float:
+    """The peak of two steps where freed memory is given back at once: what a step needs."""
+    try:
+        for command in ("ready", "step", "step"):
+            arm.ask(command)
+        return arm.ask("memory")["mib"]
+    finally:
+        arm.end()
 
 
 def rows(found: dict[str, Any]) -> Iterator[dict[str, Any]]:
@@ -114,6 +132,8 @@ def rows(found: dict[str, Any]) -> Iterator[dict[str, Any]]:
             "work": found["gflop"]["recipe"] / found["gflop"][name],
             "mib": found["mib"][name],
             "memory": found["mib"][name] / found["mib"]["recipe"],
+            "kept": found["kept"][name],
+            "kept_memory": found["kept"][name] / found["kept"]["recipe"],
         }
 
 
@@ -149,12 +169,13 @@ def show(found: dict[str, Any]) -> None:
             for name, share in parts["true"].items()
         )
     )
-    print("| | CPU s/step | pairs/s | GFLOP/step | work | peak MiB | memory |")
-    print("|---|---|---|---|---|---|---|")
+    print("| | CPU s/step | pairs/s | GFLOP/step | work | peak MiB | | kept MiB | |")
+    print("|---|---|---|---|---|---|---|---|---|")
     for row in rows(found):
         print(
             f"| {ARMS[row['arm']]} | {row['seconds']:.2f} | {row['speed']:.2f}x | "
-            f"{row['gflop']:.0f} | {row['work']:.2f}x | {row['mib']:.0f} | {row['memory']:.2f}x |"
+            f"{row['gflop']:.0f} | {row['work']:.2f}x | {row['mib']:.0f} | {row['memory']:.2f}x | "
+            f"{row['kept']:.0f} | {row['kept_memory']:.2f}x |"
         )
     firsts = ", ".join(f"{value:.6f}" for value in found["first_loss"].values())
     print(f"Losses of the first step: {firsts}")
@@ -168,7 +189,9 @@ def main() -> int:
     parser.add_argument("--quick", action="store_true", help="tiny parts: does everything run?")
     given = parser.parse_args()
     rounds = 1 if given.quick else given.rounds
-    found = measure(rounds, lambda name, folder: Arm(name, folder, given.quick))
+    found = measure(
+        rounds, lambda name, folder, keep: Arm(name, folder, quick=given.quick, keep=keep)
+    )
     show(found)
     missed = [] if given.quick else misses(found)
     print("\n".join(missed) or ("not judged" if given.quick else "all bars reached"))

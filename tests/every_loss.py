@@ -48,10 +48,11 @@ def trains(name: str, policy: Any, rows: list[dict[str, Any]], **options: Any) -
     if row.needs_reference:
         for key in ("chosen", "rejected"):
             assert first.metrics[f"rewards/{key}"] == 0, "policy = reference, to the last bit"
-    beta = run.trainer.objective.criterion.beta  # type: ignore[attr-defined]
+    criterion = run.trainer.objective.criterion  # type: ignore[attr-defined]
+    beta = criterion.beta
     assert beta == row.betas[run.wing.modality].value
     if "step0" in row.laws and row.at_reference is not None and not isinstance(row, GroupLoss):
-        expected = torch.tensor(row.at_reference(beta)).item()
+        expected = torch.tensor(criterion.scale * row.at_reference(beta)).item()
         assert abs(first.loss - expected) <= 1e-6 * max(1.0, expected)
     # Away from the reference, rewards are measured.
     assert any(abs(v) > 0 for k, v in records[-1].metrics.items() if k.startswith("rewards/"))

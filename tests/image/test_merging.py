@@ -81,8 +81,10 @@ def test_a_run_is_merged_with_the_base_that_it_names(
     merged = DiffusionPipeline.from_pretrained(tmp_path / "merged")
     assert torch.allclose(prediction(merged.unet), prediction(result.model.unet), atol=1e-5)
     run(make_pipeline(), LoRA(rank=2), "in hand")
-    with pytest.raises(ConfigError, match="do not name the pipeline"):
+    with pytest.raises(ConfigError, match="trained on a pipeline in memory"):
         export_merged(tmp_path / "in hand", tmp_path / "out")
+    with pytest.raises(ConfigError, match="do not name the pipeline"):
+        export_merged(tmp_path / "in hand" / "model", tmp_path / "out")
     run(str(pipeline_folder), None, "whole")
     with pytest.raises(ConfigError, match="is a whole pipeline"):
         export_merged(tmp_path / "whole", tmp_path / "out")

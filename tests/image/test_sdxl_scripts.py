@@ -25,7 +25,7 @@ def test_the_benchmark_against_the_recipe() -> None:
     from reduced_sdxl import QUICK
     from sdxl_arm import Contestant
 
-    found = bench.measure(1, lambda name, folder: Contestant(name, folder, QUICK))
+    found = bench.measure(1, lambda name, folder, _: Contestant(name, folder, QUICK))
     rows = {row["arm"]: row for row in bench.rows(found)}
     assert set(rows) == set(bench.ARMS)
     assert all(loss == pytest.approx(0.693147, abs=2e-5) for loss in found["first_loss"].values())
