@@ -37,4 +37,4 @@ def save_merged(adapter: str, out: Path, base: str) -> None:
             f"The adapter {adapter!r} cannot be merged into {base!r}: {error}"
         ) from error
     lora.remove_adapter(unet)
-    policy.pipe.save_pretrained(out, safe_serialization=True)
+    policy.whole().save_pretrained(out, safe_serialization=True)

@@ -16,7 +16,7 @@ Some live by the code they are about: `ELSEWHERE` names those.
     12  exported adapters predict the same
     13  adapters switch under compile and under checkpointing
     14  latents of the cache are those that the pipeline encodes
-    15  preferences are learned, and the winner's error does not rise
+    15  preferences are learned, on draws and pictures of their own
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from tests.image import (
     test_lora,
     test_runs,
 )
-from tests.image.conftest import BUILD, make_pipeline, picture
+from tests.image.conftest import BUILD, make_pipeline
 
 BETA = 5000.0
 
@@ -247,34 +247,6 @@ def test_13_adapters_switch_under_compile(rows: list[dict[str, Any]]) -> None:
         assert torch.allclose(one, other, atol=1e-5)
 
 
-@pytest.mark.slow
-def test_15_preferences_are_learned_and_the_winner_gets_no_worse() -> None:
-    """Dark pictures over bright ones, with SDPO's safeguard, on pictures and draws of their own."""
-    rows = [
-        {
-            "prompt": "a house",
-            "chosen": picture(2 * i).point(lambda value: value // 4),
-            "rejected": picture(2 * i + 1).point(lambda value: 255 - value // 4),
-        }
-        for i in range(16)
-    ]
-    options = TrainerOptions(
-        max_steps=40, batch_size=4, learning_rate=1e-2, schedule="constant", eval_every=40
-    )
-    run = build(
-        make_pipeline(),
-        DPO(beta=500, safeguard=0.6),
-        rows[:8],
-        eval_data=rows[8:],
-        adapter=LoRA(rank=4),
-        trainer=options,
-    )
-    *_, last = run.steps()
-    assert last.metrics["eval/rewards/accuracies"] > 0.9
-    # beta times half of what the winner's error has fallen by
-    assert last.metrics["eval/rewards/chosen"] > 0
-
-
 ELSEWHERE: dict[int, list[Any]] = {
     2: [test_likelihood.test_goldens],
     5: [
@@ -299,6 +271,7 @@ ELSEWHERE: dict[int, list[Any]] = {
         test_lora.test_kohya_names_of_every_layer_come_back,
     ],
     14: [test_data.test_latents_are_the_scaled_posterior_mean],
+    15: [test_likelihood.test_dpo_steps_raise_the_margin],
 }
 """Number -> tests that live by the code they are about."""
 
