@@ -11,7 +11,13 @@ from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 from alignkit.columns import BadRow, Column, number
-from alignkit.labels import Label, group_label, pair_label, single_label
+from alignkit.labels import (
+    Label,
+    demonstration_label,
+    group_label,
+    pair_label,
+    single_label,
+)
 from alignkit.rows import Row
 
 Source = tuple[str, int | None]
@@ -106,6 +112,23 @@ def _single(row: Row) -> Reading:
     return Reading([("image", None)], single_label(row))
 
 
+def _only(row: Row) -> Reading:
+    """Ours: one image to learn."""
+    return Reading([("image", None)], demonstration_label(row))
+
+
+def _chosen_of(read: Callable[[Row], Reading]) -> Callable[[Row], Reading]:
+    """The chosen image of a pair, to learn; a tie has none, and is left out as one."""
+
+    def chosen(row: Row) -> Reading:
+        reading = read(row)
+        if reading.label.tie:
+            return reading
+        return Reading(reading.sources[:1], demonstration_label(row))
+
+    return chosen
+
+
 @dataclass(frozen=True)
 class Layout:
     """One way to write one kind of rows.
@@ -119,18 +142,24 @@ class Layout:
     read: Callable[[Row], Reading]
 
 
+_PAIRS = (
+    Layout((PROMPT, "chosen", "rejected"), _chosen_rejected),
+    Layout((PROMPT, "jpg_0", "jpg_1", ("label_0", "label_1")), _pick_a_pic),
+    Layout((PROMPT, "image_path", "human_preference"), _hpd_pair),
+    Layout((PROMPT, "path1", "path2"), _hpd3_pair),
+)
+
 LAYOUTS: Mapping[str, tuple[Layout, ...]] = {
-    "pairs": (
-        Layout((PROMPT, "chosen", "rejected"), _chosen_rejected),
-        Layout((PROMPT, "jpg_0", "jpg_1", ("label_0", "label_1")), _pick_a_pic),
-        Layout((PROMPT, "image_path", "human_preference"), _hpd_pair),
-        Layout((PROMPT, "path1", "path2"), _hpd3_pair),
-    ),
+    "pairs": _PAIRS,
     "groups": (
         Layout((PROMPT, "images", ("ranking", "scores")), _images_ranked),
         Layout((PROMPT, "image_path", ("rank", "human_preference")), _hpd_group),
     ),
     "unpaired": (Layout((PROMPT, "image", "label"), _single),),
+    "supervised": (
+        Layout((PROMPT, "image"), _only),
+        *(Layout(pair.columns, _chosen_of(pair.read)) for pair in _PAIRS),
+    ),
 }
 """Kind of rows -> the ways to write them."""
 

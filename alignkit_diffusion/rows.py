@@ -101,7 +101,7 @@ def read_examples(
 
     Args:
         rows: from `open_rows`.
-        kind: "pairs", "groups" or "unpaired".
+        kind: "pairs", "groups", "unpaired" or "supervised".
         options: which part of the data is read, and what is left out.
         sieve: leaves out, and counts.
         make: works on images in threads.

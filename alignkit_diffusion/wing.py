@@ -192,7 +192,7 @@ class ImageWing(Editing):
         Args:
             data: a file, folder, hub name, dataset or list of rows; columns as in `layouts`.
             options: None takes the wing's default.
-            kind: "pairs", "groups" or "unpaired".
+            kind: "pairs", "groups", "unpaired" or "supervised".
             seed: of augmentation.
 
         Raises:

@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from alignkit import (
     DPO,
     KTO,
+    SFT,
     CheckpointError,
     ConfigError,
     DataError,
@@ -273,6 +274,7 @@ def test_rounds_that_were_asked_for_otherwise(
         ({"reference": "first", "adapter": LoRA(continue_from="x")}, "Merge the adapter"),
         ({"policy": (1, 2)}, "a folder or hub name.*got tuple"),
         ({"method": KTO()}, "KTO reads single labelled ones"),
+        ({"method": SFT()}, "SFT reads demonstrations"),
     ],
 )
 def test_what_cannot_be_asked_for(change: Any, words: str, policy: Path, tmp_path: Path) -> None:

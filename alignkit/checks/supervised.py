@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 from alignkit.criteria import supervised_loss_of
 from alignkit.errors import ConfigError
@@ -15,6 +16,12 @@ _TOKENS_ONLY = {
     "loss_on": "it chooses among the tokens of a row, and an image has none",
     "neftune_alpha": "its noise is for the embeddings of tokens, and an image has none",
 }
+
+
+def _option(config: RunConfig, name: str) -> Any:
+    """A data option of a run, as given; None where it is not."""
+    options = config.data_options
+    return options.get(name) if isinstance(options, Mapping) else getattr(options, name, None)
 
 
 def check_supervised(method: SFT, config: RunConfig, modality: str | None) -> None:
@@ -38,6 +45,12 @@ def check_supervised(method: SFT, config: RunConfig, modality: str | None) -> No
                 f"method.{name} is an option of image policies only: text has no timesteps; got "
                 f"{given[name]!r}. Leave it out."
             )
+    ties = _option(config, "ties")
+    if modality == "image" and ties == "half":
+        raise ConfigError(
+            "data_options.ties='half' counts both orders of a tie, and supervised fine-tuning "
+            "learns the chosen image, which a tie has not. Write ties='drop' or 'error'."
+        )
     if config.reference not in ("auto", "none"):
         raise ConfigError(
             "Supervised fine-tuning compares with no reference: it raises the likelihood of the "

@@ -19,6 +19,7 @@ from torch.distributed.tensor import DTensor
 from alignkit import (
     DPO,
     KTO,
+    SFT,
     CachedReference,
     EMAReference,
     GenerationOptions,
@@ -129,6 +130,28 @@ SORTED = DPO(loss={"aot": 1.0, "beta_dpo": 0.5}, beta=0.1)
 """Margins that meet by rank over the whole batch, and a state that moves with its mean."""
 
 
+def _demonstrations(**changed: Any) -> Callable[[], dict[str, Any]]:
+    """Conversations of two turns, of which the assistant's are learned."""
+
+    def arguments() -> dict[str, Any]:
+        more = [{"role": "user", "content": "And then?"}]
+        rows = [
+            {
+                "messages": [*row["prompt"], *row["chosen"], *more, *row["rejected"]],
+                "weight": row["weight"],
+            }
+            for row in weighted_rows(16)
+        ]
+        return {"data": rows, "trainer": trainer(**changed)}
+
+    return arguments
+
+
+def _supervised() -> dict[str, Any]:
+    given = _demonstrations(eval_every=2, log_every=3)()
+    return given | {"eval_data": given["data"][:7]}
+
+
 def _singles() -> dict[str, Any]:
     rows = [
         {
@@ -147,7 +170,11 @@ def _cached(made: Callable[[], dict[str, Any]]) -> Callable[[], dict[str, Any]]:
     return lambda: made() | {"reference": CachedReference()}
 
 
+TURNS = SFT(loss_on="assistant", neftune_alpha=5.0)
+
 CASES: Mapping[str, Case] = {
+    "supervised": Case(_text("llama"), _supervised, TURNS),
+    "sharded_supervised": Case(_text("llama"), _demonstrations(sharding="fsdp2"), TURNS),
     "coupled": Case(_text("llama"), _evaluated, SORTED),
     "singles": Case(_text("llama"), _singles, KTO(beta=0.1, undesirable_weight=1.5)),
     "sharded_coupled": Case(_text("llama"), _plain(sharding="fsdp2"), SORTED),
@@ -261,7 +288,7 @@ def _write(run: Run, gradients: Mapping[str, Tensor], folder: Path) -> None:
     parameters = run.trainer.parameters
     weights = {name: whole(p.detach()) for name, p in parameters.items()}
     objective: Any = run.trainer.objective
-    reference = getattr(objective.reference, "module", None)
+    reference = getattr(getattr(objective, "reference", None), "module", None)
     told = {
         "history": run.history,
         "metrics": run.metrics,

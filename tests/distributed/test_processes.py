@@ -16,7 +16,7 @@ from tests.distributed.launch import play_world
 
 pytestmark = pytest.mark.slow
 
-NAMES = ("full", "tied", "lora", "coupled", "singles", "cached")
+NAMES = ("full", "tied", "lora", "coupled", "singles", "cached", "supervised")
 POISONED = 5
 
 

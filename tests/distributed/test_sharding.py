@@ -22,7 +22,8 @@ pytestmark = [
 ]
 
 FULL = ("sharded_full", "sharded_tied", "sharded_checkpointed", "sharded_coupled")
-NAMES = (*FULL, "sharded_lora", "sharded_continued")
+COMPARED = (*FULL, "sharded_lora", "sharded_continued")
+NAMES = (*COMPARED, "sharded_supervised")
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +70,7 @@ def test_every_parameter_is_sharded(world: Path, name: str) -> None:
             assert here == pytest.approx(whole / 2, rel=0.01)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", COMPARED)
 def test_the_reference_equals_the_policy_at_the_start(world: Path, name: str) -> None:
     first = Played.read(world / name).history[0]
     assert first["rewards/margins"] == first["rewards/chosen"] == first["rewards/rejected"] == 0.0

@@ -2,15 +2,27 @@
 
 from __future__ import annotations
 
+import json
 import math
-from dataclasses import replace
+from dataclasses import fields, replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from alignkit import SFT, LoRA, TextOptions, TrainerOptions, build
+from alignkit import (
+    DPO,
+    SFT,
+    GenerationOptions,
+    LoRA,
+    TextOptions,
+    TrainerOptions,
+    align,
+    build,
+)
 from alignkit.batches import Batch
+from alignkit.config import from_file
 from alignkit.losses import SUPERVISED_LOSSES
 from alignkit.objectives.supervised import SupervisedObjective
 from alignkit.text.packing import LAYOUTS
@@ -156,6 +168,7 @@ def test_evaluation_is_the_likelihood_whatever_is_trained() -> None:
     assert measured["nll"]["token_accuracy"] == pytest.approx(hits / count)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("adapter", [None, LoRA(rank=4)])
 def test_resume_is_bit_exact(adapter, tmp_path) -> None:
     trainer = TrainerOptions(
@@ -186,6 +199,7 @@ def test_resume_is_bit_exact(adapter, tmp_path) -> None:
         assert torch.equal(tensor, resumed.trainer.parameters[parameter]), parameter
 
 
+@pytest.mark.slow
 def test_loss_falls_and_the_report_says_what_was_run(tmp_path) -> None:
     run = build(
         (tiny_lm("llama"), tiny_tokenizer()),
@@ -205,3 +219,48 @@ def test_loss_falls_and_the_report_says_what_was_run(tmp_path) -> None:
     assert {"nll", "grad_norm"} <= result.history[0].keys()
     report = result.report.read_text(encoding="utf-8")
     assert "sg(e^x) x" in report and "2508.05629" in report and "log-ratio of policy" not in report
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("adapter", [None, LoRA(rank=4)])
+def test_two_stages(adapter, tmp_path) -> None:
+    """DPO goes on from what SFT left, and compares with it."""
+    for part in (tiny_lm("llama"), tiny_tokenizer()):
+        part.save_pretrained(tmp_path / "base")
+    trainer = TrainerOptions(max_steps=2, batch_size=4, learning_rate=1e-2, log_every=1)
+    given = {"trainer": trainer, "generation": GenerationOptions(max_new_tokens=2)}
+    first = align(
+        str(tmp_path / "base"),
+        SFT(loss_on="assistant"),
+        conversations(),
+        adapter=adapter,
+        run_dir=tmp_path / "sft",
+        **given,
+    )
+    left = {name: p.detach().clone() for name, p in first.model.named_parameters()}
+    run = build(
+        str(tmp_path / "sft" / "model"), DPO(), pair_rows(8), run_dir=tmp_path / "dpo", **given
+    )
+    for name, parameter in run.wing.policy.named_parameters():
+        assert torch.equal(parameter, left[name]), name
+    records = list(run.steps())
+    assert (
+        records[0].loss == pytest.approx(math.log(2)) and records[0].metrics["rewards/margins"] == 0
+    )
+    assert run.finish().report is not None
+
+
+@pytest.mark.slow
+def test_the_tiny_recipe_runs(tmp_path, monkeypatch) -> None:
+    """On a file like the demo's, whose prompts and answers are messages."""
+    monkeypatch.chdir(Path(__file__).parents[2])
+    for name in ("train", "heldout"):
+        lines = map(json.dumps, pair_rows(8))
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(lines))
+    changed = [f"data={tmp_path}/train.jsonl", f"eval_data={tmp_path}/heldout.jsonl"]
+    changed += ["trainer.max_steps=2", "trainer.batch_size=4", "generation.max_new_tokens=2"]
+    changed += ["trainer.eval_every=2", f"run_dir={tmp_path}/run"]
+    config = from_file("configs/tiny_text_sft.yaml", changed)
+    result = align(**{f.name: getattr(config, f.name) for f in fields(config)})
+    assert {"eval/loss", "eval/perplexity", "eval/token_accuracy"} <= result.metrics.keys()
+    assert 0 < result.history[0]["loss"] < 10
