@@ -110,9 +110,8 @@ def resolve_data_options(
 def _check_adapter(config: RunConfig) -> None:
     if config.adapter is not None and config.adapter.dropout > 0:
         raise ConfigError(
-            f"adapter.dropout must be 0 in preference training; got {config.adapter.dropout}. "
-            "Policy and reference are compared on equal terms, so dropout is off, the adapter's "
-            "too. Leave it out."
+            f"adapter.dropout must be 0; got {config.adapter.dropout}. Dropout is off, the "
+            "adapter's too: policy and reference are compared on equal terms. Leave it out."
         )
     if config.adapter is not None and _is_adapter(config.policy):
         raise ConfigError(

@@ -27,6 +27,7 @@ from alignkit.losses import SUPERVISED_LOSSES
 from alignkit.objectives.supervised import SupervisedObjective
 from alignkit.text.packing import LAYOUTS
 from tests.builders import loss_and_gradients, pair_rows, text_wing, tiny_lm, tiny_tokenizer
+from tests.losses.no_sync import NoSync
 
 WEIGHTS = (1.0, 0.0, 2.0, 0.5)
 
@@ -166,6 +167,18 @@ def test_evaluation_is_the_likelihood_whatever_is_trained() -> None:
         right = (likeliest == ids[0, 1:])[begin - 1 :][torch.from_numpy(row.scored[0])]
         hits, count = hits + weight * float(right.sum()), count + weight * len(right)
     assert measured["nll"]["token_accuracy"] == pytest.approx(hits / count)
+
+
+@pytest.mark.parametrize("name", SUPERVISED_LOSSES)
+def test_a_micro_batch_makes_nobody_wait_for_the_device(name) -> None:
+    wing = text_wing("llama")
+    made = objective(wing, name)
+    (micro,) = made.micro_batches(global_batch(wing), 1)
+    with NoSync():
+        loss, _ = made(micro)
+        loss.backward()
+    with NoSync():
+        made.evaluate(micro)
 
 
 @pytest.mark.slow
