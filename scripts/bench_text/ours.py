@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +64,19 @@ def growth(spec: dict[str, Any], meter: Meter) -> None:
         list(steps)
 
 
+def stream(spec: dict[str, Any], meter: Meter) -> None:
+    """One lap for each part of the steps."""
+    from alignkit import DPO
+
+    steps, parts = spec["steps"], spec["parts"]
+    ends = {steps * (part + 1) // parts for part in range(parts)}
+    run = _built(spec, meter, DPO(loss="simpo"), streaming=True)
+    meter.started()
+    for record in run.steps():
+        if record.step in ends:
+            meter.lap(loss=record.loss)
+
+
 def reference(spec: dict[str, Any], meter: Meter) -> None:
     """Every round fills a cache with rows of its own, and then looks for all of them once more."""
     import json
@@ -83,27 +98,35 @@ def reference(spec: dict[str, Any], meter: Meter) -> None:
     meter.started()
     for start in range(0, len(rows), spec["batch"]):
         some = rows[start : start + spec["batch"]]
-        started = meter.clock()
-        cache_reference(policy, DPO(beta=0.1), some, **given)
-        cpu = meter.clock() - started
-        forwards = _Forwards(model)
-        cache_reference(policy, DPO(beta=0.5), some, **given)
-        meter.lap(cpu=cpu, again=forwards.stop())
+        with _forwards() as first:
+            started = meter.clock()
+            cache_reference(policy, DPO(beta=0.1), some, **given)
+            cpu = meter.clock() - started
+        with _forwards() as again:
+            found = cache_reference(policy, DPO(beta=0.5), some, **given)
+        assert first, "a pass without a forward proves nothing"
+        meter.lap(cpu=cpu, again=len(again), computed=found.computed)
 
 
-class _Forwards:
-    """Counts a model's forwards until it is stopped."""
+@contextmanager
+def _forwards() -> Iterator[list[str]]:
+    """What is evaluated of likelihoods inside, one entry per forward.
 
-    def __init__(self, model: Any) -> None:
-        self.num = 0
-        self._hook = model.register_forward_pre_hook(self._count)
+    The trials of a model that has just been handed in are no likelihoods.
+    """
+    from alignkit.text.likelihood import TextLikelihood
 
-    def _count(self, *given: Any) -> None:
-        self.num += 1
+    forward, seen = TextLikelihood.forward, []
 
-    def stop(self) -> int:
-        self._hook.remove()
-        return self.num
+    def counted(module: Any, *given: Any, **named: Any) -> Any:
+        seen.append("forward")
+        return forward(module, *given, **named)
+
+    TextLikelihood.forward = counted
+    try:
+        yield seen
+    finally:
+        TextLikelihood.forward = forward
 
 
 def tokenise(spec: dict[str, Any], meter: Meter) -> None:
@@ -132,7 +155,7 @@ def _train(spec: dict[str, Any], meter: Meter, method: Any) -> None:
         meter.lap(loss=record.loss)
 
 
-def _built(spec: dict[str, Any], meter: Meter, method: Any) -> Any:
+def _built(spec: dict[str, Any], meter: Meter, method: Any, **more: Any) -> Any:
     from alignkit import LoRA, TextOptions, TrainerOptions, build, precompute_reference
     from alignkit.reference_options import PrecomputedReference
 
@@ -144,10 +167,10 @@ def _built(spec: dict[str, Any], meter: Meter, method: Any) -> Any:
         learning_rate=spec["rate"],
         schedule="constant",
         warmup=0,
-        shuffle=False,
+        shuffle=spec["shuffle"],
         gradient_checkpointing=spec["checkpointing"],
     )
-    options = TextOptions(max_length=spec["max_length"], packing=spec["packing"])
+    options = TextOptions(max_length=spec["max_length"], packing=spec["packing"], **more)
     given: dict[str, Any] = {"data_options": options, "trainer": trainer}
     if spec["lora"]:
         given["adapter"] = LoRA(rank=spec["lora"])
