@@ -70,7 +70,7 @@ def main(given: Sequence[str] | None = None) -> int:
         bars = [shown("times as fast", ratio(times, ours.timed("cpu")), limits[0])]
         if cached is not None:
             bars.append(shown("with a cache", ratio(times, cached.timed("cpu")), limits[1]))
-        memory = MEMORY if claimed else None
+        memory = MEMORY if claimed and options.against == "matched" else None
         bars += figures.beside(ours, peer, positions=limits[2], memory=memory)
     question = f"DPO, {options.rows} rows, TRL {options.against}"
     question += ", stock head" if options.stock_head else ""
