@@ -25,8 +25,9 @@ ROWS, BINS = 8, 4
 def main(given: Sequence[str] | None = None) -> int:
     options = command.read(__doc__, given)
     spec = command.specification(options, "instructions", ROWS)
-    found = [Contestant("alignkit", "ours", "sft", spec), Contestant("TRL", "peer", "sft", spec)]
+    found = [Contestant("alignkit", "ours", "sft", spec)]
     if not options.no_peer:
+        found.append(Contestant("TRL", "peer", "sft", spec))
         everything = str(options.folder / "instructions.jsonl")
         packed = spec | {"packed": True, "batch": BINS, "rows": everything}
         found.append(Contestant("TRL, packed", "peer", "sft", packed))

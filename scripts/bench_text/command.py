@@ -86,7 +86,6 @@ def specification(
         "head": "completions",
         "micro": 0,
         "reads": False,
-        "shuffle": False,
     }
     return common | more
 

@@ -64,19 +64,6 @@ def growth(spec: dict[str, Any], meter: Meter) -> None:
         list(steps)
 
 
-def stream(spec: dict[str, Any], meter: Meter) -> None:
-    """One lap for each part of the steps."""
-    from alignkit import DPO
-
-    steps, parts = spec["steps"], spec["parts"]
-    ends = {steps * (part + 1) // parts for part in range(parts)}
-    run = _built(spec, meter, DPO(loss="simpo"), streaming=True)
-    meter.started()
-    for record in run.steps():
-        if record.step in ends:
-            meter.lap(loss=record.loss)
-
-
 def reference(spec: dict[str, Any], meter: Meter) -> None:
     """Every round fills a cache with rows of its own, and then looks for all of them once more."""
     import json
@@ -154,7 +141,7 @@ def _train(spec: dict[str, Any], meter: Meter, method: Any) -> None:
         meter.lap(loss=record.loss)
 
 
-def _built(spec: dict[str, Any], meter: Meter, method: Any, **more: Any) -> Any:
+def _built(spec: dict[str, Any], meter: Meter, method: Any) -> Any:
     from alignkit import LoRA, TextOptions, TrainerOptions, build, precompute_reference
     from alignkit.reference_options import PrecomputedReference
 
@@ -166,10 +153,10 @@ def _built(spec: dict[str, Any], meter: Meter, method: Any, **more: Any) -> Any:
         learning_rate=spec["rate"],
         schedule="constant",
         warmup=0,
-        shuffle=spec["shuffle"],
+        shuffle=False,
         gradient_checkpointing=spec["checkpointing"],
     )
-    options = TextOptions(max_length=spec["max_length"], packing=spec["packing"], **more)
+    options = TextOptions(max_length=spec["max_length"], packing=spec["packing"])
     given: dict[str, Any] = {"data_options": options, "trainer": trainer}
     if spec["lora"]:
         given["adapter"] = LoRA(rank=spec["lora"])

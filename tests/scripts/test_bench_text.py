@@ -12,7 +12,7 @@ import pytest
 import torch
 
 SCRIPTS = Path(__file__).parents[2] / "scripts"
-PEERLESS = {"bench_packing", "bench_bound", "bench_growth", "bench_stream"}
+PEERLESS = {"bench_packing", "bench_bound", "bench_growth"}
 
 
 @pytest.fixture
@@ -42,7 +42,6 @@ def work(tmp_path_factory: Any) -> Path:
         "bench_syncs",
         "bench_reference",
         "bench_tokenise",
-        "bench_stream",
     ],
 )
 def test_a_benchmark_runs_without_a_peer(name, script, work, capsys) -> None:
