@@ -20,7 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from alignkit.text.kernels import PackedMask, SharedPrompt, masked
+from alignkit.text.flash import SharedPrompt
+from alignkit.text.masks import PackedMask, masked
 from alignkit.text.packing import Group
 
 IMPLEMENTATION = "alignkit_packed"
@@ -92,7 +93,7 @@ def _attend(
     softcap: float | None,
 ) -> Tensor:
     """Out of reach of the compiler, which would compile anew for every row of other lengths."""
-    plain = softcap is None and mask.reach is None and value.shape[-1] == query.shape[-1]
+    plain = softcap is None and mask.reach is None and value.shape == query.shape
     if plain and query.device.type == "cpu":
         return SharedPrompt.apply(query, key, value, tuple(mask.groups), scale)
     return masked(query, key, value, mask, scale, softcap)

@@ -39,6 +39,17 @@ class Group:
         return self.prompt + max(self.answers, default=0)
 
 
+def spans(group: Group) -> tuple[slice, slice, list[slice]]:
+    """Where the prompt, all answers, and each of them that takes a place stand in the row."""
+    end = group.start + group.prompt
+    each, place = [], end
+    for length in group.answers:
+        if length:
+            each.append(slice(place, place + length))
+        place += length
+    return slice(group.start, end), slice(end, place), each
+
+
 @dataclass(frozen=True)
 class Layout:
     """Rows on the host.

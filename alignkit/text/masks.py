@@ -1,0 +1,81 @@
+"""Who sees whom in a packed row, and attention by explicit masks: any pattern, any device."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from alignkit.text.packing import Group, spans
+
+
+class PackedMask:
+    """Who sees whom in a packed row, in the layers of one kind.
+
+    Args:
+        groups: the sequences of the row.
+        pattern: transformers' mask function of a sequence that stands alone: (batch, head, query
+            positions, key positions) -> bool.
+        reach: how many positions back it sees; None is all.
+    """
+
+    def __init__(
+        self, groups: Sequence[Group], pattern: Callable[..., Tensor], reach: int | None
+    ) -> None:
+        self.groups = groups
+        self.pattern = pattern
+        longest = max(group.longest for group in groups)
+        self.reach = None if reach is not None and reach >= longest else reach
+        self._made: dict[tuple[int, int, int], Tensor] = {}
+
+    def between(self, begin: int, length: int, first: int, device: torch.device) -> Tensor:
+        """(length, begin + length - first) bool: queries from `begin` on, keys from `first` on."""
+        key = (begin, length, first)
+        if key not in self._made:
+            places = torch.arange(first, begin + length, device=device)
+            self._made[key] = self.pattern(0, 0, places[begin - first :, None], places[None])
+        return self._made[key]
+
+
+def masked(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: PackedMask,
+    scale: float,
+    softcap: float | None,
+) -> Tensor:
+    """Sequence by sequence with an explicit mask: any pattern, any device."""
+    parts = []
+    for group in mask.groups:
+        prompt, _, each = spans(group)
+        parts.append(_sequence(query, (key, value), prompt, None, mask, scale, softcap))
+        for part in each:
+            parts.append(_sequence(query, (key, value), part, prompt, mask, scale, softcap))
+    return torch.cat(parts, dim=2)
+
+
+def _sequence(
+    query: Tensor,
+    held: tuple[Tensor, Tensor],
+    where: slice,
+    prompt: slice | None,
+    mask: PackedMask,
+    scale: float,
+    softcap: float | None,
+) -> Tensor:
+    """The queries of one prompt or answer, over the prompt's keys that it can see and its own."""
+    begin = 0 if prompt is None else prompt.stop - prompt.start
+    first = 0 if mask.reach is None else min(begin, max(0, begin - mask.reach + 1))
+    q = query[:, :, where]
+    k, v = (tensor[:, :, where] for tensor in held)
+    if prompt is not None and first < begin:
+        seen = slice(prompt.start + first, prompt.stop)
+        k, v = (torch.cat([t[:, :, seen], own], 2) for t, own in zip(held, (k, v), strict=True))
+    allowed = mask.between(begin, where.stop - where.start, first, query.device)
+    if softcap is None:
+        return nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=allowed, scale=scale)
+    scores = softcap * torch.tanh(q @ k.transpose(-1, -2) * (scale / softcap))
+    scores = scores.masked_fill(~allowed, float("-inf"))
+    return scores.softmax(-1, dtype=torch.float32).to(q.dtype) @ v
