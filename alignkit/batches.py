@@ -138,6 +138,10 @@ class Batch:
 _GROUP_TENSORS = ("position", "row_id", "weight", "target_margin", "p_chosen", "desirable")
 
 
+Metrics = dict[str, tuple[Tensor, Tensor]]
+"""Name -> (sum, count), both scalars on the device; reduced over processes at logging time."""
+
+
 @dataclass(frozen=True)
 class Likelihood:
     """What a wing mints: one number per answer.
@@ -153,11 +157,15 @@ class Likelihood:
             many of its scored tokens are the likeliest at their place. Images: "error", "timestep";
             "overlap", (N,) mean over elements of an image's residual times that of the best-ranked
             image of its group, detached.
+        work: what computing it took, as metrics: name -> (sum, count), numbers of the host. Text:
+            "positions/per_token", positions computed over tokens of prompts and answers;
+            "positions/of_padded", over those of one padded rectangle.
     """
 
     total: Tensor
     length: Tensor
     extras: Mapping[str, Tensor] = field(default_factory=dict)
+    work: Mapping[str, tuple[float, float]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         assert self.total.shape == self.length.shape and self.total.ndim == 1, (
@@ -165,9 +173,13 @@ class Likelihood:
             self.length.shape,
         )
 
+    def spent(self) -> Metrics:
+        """`work` on the device, written there by the device itself."""
 
-Metrics = dict[str, tuple[Tensor, Tensor]]
-"""Name -> (sum, count), both scalars on the device; reduced over processes at logging time."""
+        def put(value: float) -> Tensor:
+            return self.total.new_full((), value, dtype=torch.float64)
+
+        return {name: (put(value), put(count)) for name, (value, count) in self.work.items()}
 
 
 @dataclass(frozen=True)

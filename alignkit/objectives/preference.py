@@ -168,6 +168,8 @@ class PreferenceObjective:
             metrics["wpo/weight"] = mean(factor, batch.weights())
         if modifiers.router:
             metrics["router/aux_loss"] = mean(policy.extras[ROUTER][:1].detach(), torch.ones(1))
+        if micro.key[1]:  # a step, and no evaluation
+            metrics |= policy.spent()
         return Scored(
             scores,
             batch.weights().to(policy.total.device, torch.float64, non_blocking=True),

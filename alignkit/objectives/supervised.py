@@ -109,7 +109,9 @@ class SupervisedObjective:
         weight = _weight(micro.batch, found)
         total = (self._losses(found) * weight).sum()
         # Where the loss is another one than the likelihood's, that is worth a look beside it.
-        metrics = {} if self.loss.additive else {"nll": self._nll(found, weight)}
+        metrics = found.spent()
+        if not self.loss.additive:
+            metrics["nll"] = self._nll(found, weight)
         if self.router:
             aux = found.extras[ROUTER][0].double()
             total = total + self.router * aux * (found.length.double() * weight).sum()

@@ -12,7 +12,7 @@ sequences' own squares, not with the square of the row.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from typing import Any
@@ -94,9 +94,14 @@ def _attend(
 ) -> Tensor:
     """Out of reach of the compiler, which would compile anew for every row of other lengths."""
     plain = softcap is None and mask.reach is None and value.shape == query.shape
-    if plain and query.device.type == "cpu":
-        return SharedPrompt.apply(query, key, value, tuple(mask.groups), scale)
+    kernel = KERNELS.get(query.device.type)
+    if plain and kernel is not None:
+        return kernel(query, key, value, tuple(mask.groups), scale)
     return masked(query, key, value, mask, scale, softcap)
+
+
+KERNELS: Mapping[str, Callable[..., Tensor]] = {"cpu": SharedPrompt.apply}
+"""Device -> what computes plain causal rows there; elsewhere it is done sequence by sequence."""
 
 
 def _repeat(tensor: Tensor, repeats: int) -> Tensor:

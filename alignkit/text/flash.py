@@ -26,7 +26,8 @@ class SharedPrompt(torch.autograd.Function):
         ctx: Any, query: Tensor, key: Tensor, value: Tensor, groups: tuple[Group, ...], scale: float
     ) -> Tensor:
         held, out = (query, key, value), _rows_like(query)
-        lse = query.new_empty(query.shape[:3], dtype=torch.float32)
+        dtype = torch.promote_types(query.dtype, torch.float32)
+        lse = query.new_empty(query.shape[:3], dtype=dtype)
         for group in groups:
             _group_forward(held, out, lse, group, scale)
         ctx.save_for_backward(*held, out, lse)

@@ -21,10 +21,11 @@ from torch import Tensor, nn
 
 from alignkit.batches import Batch, Likelihood
 from alignkit.text.attention import configs_of, packed
+from alignkit.text.content import TextContent
 from alignkit.text.handed import base_of, evaluating
 from alignkit.text.head import Head
 from alignkit.text.noise import EmbeddingNoise, added
-from alignkit.text.packing import Placed, lay_out, stretches
+from alignkit.text.packing import Layout, Placed, lay_out, stretches
 from alignkit.text.routing import Routers
 
 Answer = TypeVar("Answer")
@@ -109,6 +110,7 @@ class TextLikelihood(nn.Module):
             total=token_logps.sum(-1),
             length=rows.lengths.float(),
             extras={name: made[name]() for name in want},
+            work=work_of(batch.content, rows.host),
         )
 
     def _inputs(self, rows: Placed) -> dict[str, Any]:
@@ -134,6 +136,16 @@ class TextLikelihood(nn.Module):
         if self.autocast is None:
             return nullcontext()
         return torch.autocast(device.type, dtype=self.autocast)
+
+
+def work_of(content: TextContent, rows: Layout) -> dict[str, tuple[float, float]]:
+    """Positions computed, beside real tokens and beside one padded rectangle."""
+    lengths = content.lengths()
+    padded = len(lengths) * max(lengths)
+    return {
+        "positions/per_token": (rows.ids.size, sum(lengths)),
+        "positions/of_padded": (rows.ids.size, padded),
+    }
 
 
 def public_logps(

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention.bias import causal_lower_right
 
 from alignkit.text.packing import Group, spans
 
@@ -73,9 +74,14 @@ def _sequence(
     if prompt is not None and first < begin:
         seen = slice(prompt.start + first, prompt.stop)
         k, v = (torch.cat([t[:, :, seen], own], 2) for t, own in zip(held, (k, v), strict=True))
-    allowed = mask.between(begin, where.stop - where.start, first, query.device)
+    own = where.stop - where.start
+    attend = nn.functional.scaled_dot_product_attention
+    if softcap is None and mask.reach is None:
+        # No mask is made: GPUs have a kernel that counts from the lower right.
+        return attend(q, k, v, attn_mask=causal_lower_right(own, begin + own), scale=scale)
+    allowed = mask.between(begin, own, first, query.device)
     if softcap is None:
-        return nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=allowed, scale=scale)
+        return attend(q, k, v, attn_mask=allowed, scale=scale)
     scores = softcap * torch.tanh(q @ k.transpose(-1, -2) * (scale / softcap))
     scores = scores.masked_fill(~allowed, float("-inf"))
     return scores.softmax(-1, dtype=torch.float32).to(q.dtype) @ v

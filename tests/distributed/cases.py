@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -58,6 +60,8 @@ class Case:
     policy: Callable[[], Any]
     arguments: Callable[[], dict[str, Any]]
     method: Any = field(default_factory=lambda: DPO(beta=0.1))
+    logits: int | None = None
+    """What the head makes at a time."""
 
 
 def _text(architecture: str) -> Callable[[], Any]:
@@ -189,6 +193,7 @@ CASES: Mapping[str, Case] = {
     "sharded_lora": Case(_text("llama"), _lora(sharding="fsdp2")),
     "sharded_continued": Case(_continued, _plain(sharding="fsdp2")),
     "sharded_interrupted": Case(_text("llama"), _moving(sharding="fsdp2", save_every=2)),
+    "sharded_chunked": Case(_text("qwen2"), _plain(sharding="fsdp2"), logits=4000),
     "sharded_checkpointed": Case(
         _text("llama"), _plain(sharding="fsdp2", gradient_checkpointing=True)
     ),
@@ -238,6 +243,21 @@ def play(
         run_dir: instead of `folder / "run"`.
         alone: one process, which does not shard.
     """
+    with ExitStack() as stack:
+        if (logits := CASES[name].logits) is not None:
+            chunks = {"LOGITS": 0, "CHUNK": {"cpu": logits}}
+            stack.enter_context(patch.multiple("alignkit.text.head", **chunks))
+        _play(name, folder, stop_after, resume, run_dir, alone)
+
+
+def _play(
+    name: str,
+    folder: Path,
+    stop_after: int | None,
+    resume: str,
+    run_dir: Path | None,
+    alone: bool,
+) -> None:
     case, image = CASES[name], name.startswith("image")
     arguments = case.arguments()
     if alone:

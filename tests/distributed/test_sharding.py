@@ -21,7 +21,10 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`:UserWarning"),
 ]
 
-FULL = ("sharded_full", "sharded_tied", "sharded_checkpointed", "sharded_coupled")
+FULL = (
+    *("sharded_full", "sharded_tied", "sharded_chunked", "sharded_checkpointed"),
+    "sharded_coupled",
+)
 COMPARED = (*FULL, "sharded_lora", "sharded_continued")
 NAMES = (*COMPARED, "sharded_supervised")
 

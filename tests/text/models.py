@@ -66,6 +66,9 @@ MODELS: Mapping[str, Callable[[], Any]] = {
     "lfm2": lambda: hf.Lfm2ForCausalLM(
         hf.Lfm2Config(**SIZES, layer_types=["conv", "full_attention"], conv_L_cache=3)
     ),
+    "gpt_oss": lambda: hf.GptOssForCausalLM(
+        hf.GptOssConfig(**SIZES, head_dim=8, num_local_experts=4, num_experts_per_tok=2)
+    ),
     "opt": lambda: hf.OPTForCausalLM(
         hf.OPTConfig(
             vocab_size=VOCABULARY,
