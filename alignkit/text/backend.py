@@ -51,7 +51,7 @@ class TextBackend:
     def choose(self, packing: str) -> None:
         """Take up `TextOptions.packing`: "auto" is "prefix" where the models allow it.
 
-        Call it before the module is wrapped.
+        All processes call it alike: sharded weights come together for the trial.
 
         Raises:
             ConfigError: if a packed layout is asked for by name and the models do not allow it.
@@ -74,7 +74,8 @@ class TextBackend:
     def _obstacle(self, layout: str) -> str | None:
         """Why the models cannot compute a layout, or None; found by trying, once."""
         if layout not in self._obstacles:
-            modules = [m for m in (self.module, *self.beside) if isinstance(m, TextLikelihood)]
+            held = [getattr(m, "module", m) for m in (self.module, *self.beside)]  # DDP's inside
+            modules = [module for module in held if isinstance(module, TextLikelihood)]
             found = (obstacle(module, layout) for module in modules)
             self._obstacles[layout] = next((reason for reason in found if reason), None)
         return self._obstacles[layout]
