@@ -23,6 +23,11 @@ def distance(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> float:
     return (apart / size) ** 0.5
 
 
+def measured(line: Mapping[str, float]) -> set[str]:
+    """What two runs of one case agree on: not their time, nor how the batch was cut for it."""
+    return {key for key in line if not key.startswith("positions/")} - {"seconds"}
+
+
 def assert_same_run(a: Played, b: Played, *, later_whole: float | None = None) -> None:
     """Losses, metrics, every gradient of every step, and the final weights.
 
@@ -36,8 +41,7 @@ def assert_same_run(a: Played, b: Played, *, later_whole: float | None = None) -
     assert [line["step"] for line in a.history] == [line["step"] for line in b.history]
     for mine, theirs in zip(a.history, b.history, strict=True):
         assert mine.keys() == theirs.keys()
-        # How much was computed depends on how the batch was cut.
-        for key in {k for k in mine if not k.startswith("positions/")} - {"seconds"}:
+        for key in measured(mine):
             scale = 1.0 if key == "loss" else max(1.0, abs(theirs[key]))
             if key.startswith("log_ratio/"):  # a difference of two numbers of this size
                 scale = max(scale, abs(theirs[key.replace("log_ratio", "logps")]))
