@@ -17,13 +17,13 @@ from tqdm.auto import tqdm
 from alignkit.atomic import atomic_folder, atomic_write
 from alignkit.config import RunConfig
 from alignkit.draws import generator
-from alignkit.errors import CheckpointError, ConfigError, DataError
+from alignkit.errors import ConfigError, DataError
 from alignkit.methods import DPO
 from alignkit.options import GenerationOptions, LoRA
 from alignkit.parts import build_wing, modality_of
 from alignkit.preferences import Judged, by_judge, by_reward, preference_row
 from alignkit.protocols import PreferenceJudge, Reward, Wing
-from alignkit.records import from_json, to_json
+from alignkit.records import keep_or_refuse
 from alignkit.reward_names import name_of, reward_of
 from alignkit.rows import Row, read_rows
 from alignkit.runtime import Runtime
@@ -89,7 +89,7 @@ def sample_preferences(
     }
     if scored is not None:
         asked["labelled_by"] = name_of(reward, scored)
-    _refuse_other(folder / "asked.json", asked)
+    keep_or_refuse(folder / "asked.json", asked, "answers")
     generation = generation or GenerationOptions()
     config = RunConfig(policy, DPO(), [], adapter=adapter, generation=generation, seed=seed)
     wing, lines = build_wing(config, modality, Runtime()), []
@@ -217,19 +217,6 @@ def check_labels(reward: Any, judge: Any, samples: Any, soft_labels: bool) -> No
         raise ConfigError(
             "soft_labels are the probabilities that a judge gives; a reward has none. Give a "
             "judge, or leave soft_labels out."
-        )
-
-
-def _refuse_other(path: Path, asked: Mapping[str, Any]) -> None:
-    if not path.exists():
-        atomic_write(path, to_json(asked, "asked", indent=1) + "\n")
-        return
-    before = from_json(path.read_bytes()) or {}
-    changed = [key for key, value in asked.items() if before.get(key) != value]
-    if changed:
-        told = "; ".join(f"{k}: {before.get(k)} before, {asked[k]} now" for k in changed)
-        raise CheckpointError(
-            f"The answers in {path.parent} were begun otherwise: {told}. Give another folder."
         )
 
 

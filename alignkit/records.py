@@ -54,6 +54,29 @@ def from_json(line: bytes) -> dict[str, Any] | None:
     return record if isinstance(record, dict) else None
 
 
+def keep_or_refuse(path: Path, facts: Mapping[str, Any], what: str) -> None:
+    """Write down what a folder's contents rest on; in a folder that was begun, compare it.
+
+    Args:
+        path: the JSON file in that folder.
+        facts: plain values.
+        what: how errors call the contents, a plural.
+
+    Raises:
+        CheckpointError: they were begun on other facts.
+    """
+    if not path.exists():
+        atomic_write(path, to_json(facts, path.name, indent=1) + "\n")
+        return
+    before = from_json(path.read_bytes()) or {}
+    changed = [key for key, value in facts.items() if before.get(key) != value]
+    if changed:
+        told = "; ".join(f"{key}: {before.get(key)} before, {facts[key]} now" for key in changed)
+        raise CheckpointError(
+            f"The {what} in {path.parent} were begun otherwise: {told}. Give another folder."
+        )
+
+
 def broken(path: Path, reason: str) -> CheckpointError:
     """The error of a file that cannot be read although it is there."""
     return CheckpointError(

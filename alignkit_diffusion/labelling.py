@@ -21,9 +21,9 @@ from tqdm.auto import tqdm
 
 from alignkit.atomic import atomic_write
 from alignkit.columns import BadRow
-from alignkit.errors import CheckpointError, ConfigError, DataError
+from alignkit.errors import ConfigError, DataError
 from alignkit.protocols import Reward
-from alignkit.records import from_json, to_json
+from alignkit.records import keep_or_refuse
 from alignkit.rows import Row, Rows, read_rows
 from alignkit_diffusion.layouts import prompt_of, sources_of
 from alignkit_diffusion.pictures import Picture, open_picture
@@ -68,7 +68,7 @@ def score_images(
             )
     rows, folder = read_rows(data, columns=columns or {}), Path(out)
     facts = {"rows": len(rows), "scorers": {n: (made_by or {}).get(n, n) for n in scorers}}
-    _open(folder, facts)
+    keep_or_refuse(folder / FACTS, facts, "scores")
     broken: Counter[str] = Counter()
     for start in tqdm(range(0, len(rows), PART), desc="Scoring rows", disable=None):
         path = folder / part_name(start)
@@ -79,21 +79,6 @@ def score_images(
         told = ", ".join(f"{count} {reason}" for reason, count in broken.items())
         log.warning("%s: without scores: %s.", rows.name, told)
     return folder
-
-
-def _open(folder: Path, facts: Mapping[str, Any]) -> None:
-    path = folder / FACTS
-    if not path.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        atomic_write(path, to_json(facts, FACTS, indent=1) + "\n")
-        return
-    before = from_json(path.read_bytes()) or {}
-    changed = [key for key in facts if before.get(key) != facts[key]]
-    if changed:
-        told = "; ".join(f"{key}: {before.get(key)} before, {facts[key]} now" for key in changed)
-        raise CheckpointError(
-            f"The scores in {folder} were made otherwise: {told}. Give another folder."
-        )
 
 
 def _part(rows: Rows, numbers: range, scorers: Mapping[str, Reward], broken: Counter[str]) -> bytes:
