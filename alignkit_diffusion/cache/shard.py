@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -72,9 +72,3 @@ def contents_of(path: Path) -> Contents:
         keys = [file.get_tensor(f"{group}.key") for group in range(len(names))]
         sums = [file.get_tensor(f"{group}.sum") for group in range(len(names))]
     return keys, sums, names
-
-
-def entries_of(path: Path) -> Iterator[bytes]:
-    """The keys of a shard, for tests and tools."""
-    for group in contents_of(path)[0]:
-        yield from (key.tobytes() for key in group)
