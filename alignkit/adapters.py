@@ -114,6 +114,27 @@ def refuse_contradiction(config: Any, adapter: LoRA) -> None:
         )
 
 
+def refuse_zero_rows(module: nn.Module) -> None:
+    """Raise `ConfigError` where a fresh DoRA adapter would compute 0/0.
+
+    DoRA (2402.09353, Eq. 5) divides each row of a weight by its norm; pruned models have rows of 0.
+    """
+    parts = ".lora_magnitude_vector."
+    layers = {
+        name.split(parts)[0].removeprefix("base_model.model.")
+        for name, tensor in module.named_parameters()
+        if parts in f"{name}." and not bool(tensor.detach().all())
+    }
+    if layers:
+        named = sorted(layers)
+        more = f" and {len(named) - 4} more" if len(named) > 4 else ""
+        raise ConfigError(
+            "DoRA divides each row of an adapted weight by the row's norm, and these layers have "
+            f"rows that are all 0: {', '.join(named[:4])}{more}. Use adapter.kind='lora', or leave "
+            "these layers out by naming others in adapter.targets."
+        )
+
+
 def active_adapters(module: nn.Module) -> list[str]:
     """The names of the adapters that `module` computes with."""
     layers = adapter_layers(module)

@@ -10,7 +10,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from alignkit.adapters import active_adapters, lora_config, refuse_contradiction
+from alignkit.adapters import (
+    active_adapters,
+    lora_config,
+    refuse_contradiction,
+    refuse_zero_rows,
+)
 from alignkit.errors import ConfigError, nearest
 from alignkit.options import LoRA
 from alignkit_diffusion.conditioning import quiet_libraries
@@ -90,13 +95,14 @@ def add_adapter(unet: Any, adapter: LoRA, *, seed: int) -> None:
     """Add a fresh adapter, which changes nothing yet: B is zero.
 
     Raises:
-        ConfigError: a target matches no layer.
+        ConfigError: a target matches no layer; or DoRA meets a weight with a row of 0.
     """
     targets = resolve_targets(unet, adapter.targets)
     config = lora_config(adapter, targets, init_lora_weights="gaussian")
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
         unet.add_adapter(config, adapter_name=NAME)
+    refuse_zero_rows(unet)
 
 
 def remove_adapter(unet: Any) -> None:

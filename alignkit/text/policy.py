@@ -8,7 +8,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from alignkit.adapters import adapter_layers, lora_config, quiet_peft, refuse_contradiction
+from alignkit.adapters import (
+    adapter_layers,
+    lora_config,
+    quiet_peft,
+    refuse_contradiction,
+    refuse_zero_rows,
+)
 from alignkit.errors import ConfigError, nearest
 from alignkit.options import LoRA
 from alignkit.text.attention import as_computed, configs_of
@@ -64,13 +70,19 @@ def _fresh(model: Any, adapter: LoRA) -> Any:
     config = lora_config(adapter, targets, task_type="CAUSAL_LM", fan_in_fan_out=transposed)
     try:
         with quiet_peft():
-            return get_peft_model(model, config)
+            adapted = get_peft_model(model, config)
     except ValueError as error:  # layers that peft cannot adapt, such as Mamba's projections
         detach(model)
         raise ConfigError(
             f"peft cannot adapt these layers of {type(model).__name__}: {error} Name others with "
             "adapter.targets."
         ) from error
+    try:
+        refuse_zero_rows(adapted)
+    except ConfigError:
+        detach(model)
+        raise
+    return adapted
 
 
 def _continued(model: Any, adapter: LoRA) -> Any:

@@ -44,6 +44,23 @@ def logits(model: Any) -> Tensor:
     return found
 
 
+def test_dora_refuses_weights_with_rows_of_zero_and_leaves_the_model_as_it_was() -> None:
+    model = tiny_lm("llama")
+    with torch.no_grad():
+        model.model.layers[0].self_attn.q_proj.weight[3] = 0
+    names = list(dict(model.named_parameters()))
+    with pytest.raises(ConfigError, match=r"rows that are all 0: model\.layers\.0\.self_attn\.q_"):
+        build_text(
+            (model, tiny_tokenizer()),
+            adapter=LoRA(rank=2, kind="dora"),
+            device=torch.device("cpu"),
+            precision="fp32",
+            gradient_checkpointing=False,
+            seed=0,
+        )
+    assert list(dict(model.named_parameters())) == names
+
+
 def written_out(before: Tensor, state: dict[str, Tensor], name: str, kind: str) -> Tensor:
     """The merged weight by each paper's equation, in float64; rank 4, alpha 8."""
     a, b = (state[f"{name}.lora_{side}.weight"].double() for side in "AB")
