@@ -120,7 +120,7 @@ def check_columns(
 
     Args:
         row: its keys are looked at.
-        kind: of `KINDS`.
+        kind: of `layouts`.
         layouts: kind -> the ways in which rows of it may be written.
         name: of the data.
     """
@@ -132,7 +132,9 @@ def check_columns(
         ", ".join(_first(column) for column in layout) for layout in layouts[kind]
     )
     hints = "".join(nearest(column, found) for column in missing)
-    fits = [k for k in layouts if any(not _missing(row, layout) for layout in layouts[k])]
+    # Almost every row has a prompt, so that rows could be of prompts says nothing.
+    others = [k for k in layouts if k != "prompts"]
+    fits = [k for k in others if any(not _missing(row, layout) for layout in layouts[k])]
     other = f" They are the columns of {fits[0]}: take a method or loss for those." if fits else ""
     raise DataError(
         f"{name}: rows of {kind} have the columns {written}; {', '.join(map(repr, missing))} is "
@@ -150,9 +152,9 @@ def _first(column: Column) -> str:
     return column if isinstance(column, str) else " or ".join(column)
 
 
-def check_kind(kind: str) -> None:
+def check_kind(kind: str, known: Sequence[str] = KINDS) -> None:
     """Raise `ConfigError` unless rows of this kind can be read."""
-    refuse_unknown("kind of rows", kind, KINDS)
+    refuse_unknown("kind of rows", kind, known)
 
 
 def number(row: Mapping[str, Any], name: str) -> float | None:

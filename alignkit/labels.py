@@ -112,6 +112,12 @@ def demonstration_label(row: Mapping[str, Any]) -> Label:
     return Label((0,), numbers=_numbers(row, "supervised"))
 
 
+def weight_of(row: Mapping[str, Any]) -> dict[str, float]:
+    """The weight of a row of any kind, by the batch's names; nothing where it gives none."""
+    weight = number(row, "weight")
+    return {} if weight is None else {"weight": weight}
+
+
 def _numbers(row: Mapping[str, Any], kind: str) -> dict[str, float]:
     for name in NUMBERS["pairs"]:
         if name not in NUMBERS[kind] and row.get(name) not in (None, ""):

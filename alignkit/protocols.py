@@ -232,7 +232,8 @@ class Wing(Protocol):
         """Read, check and prepare rows.
 
         `kind` is "pairs", "groups" (rankings of K answers), "unpaired" (one labelled answer) or
-        "supervised" (one to learn); a wing of tokens also takes `loss_on`, what of it is learned.
+        "supervised" (one to learn); a wing of tokens also takes `loss_on`, what of it is learned,
+        and "prompts" (no answer), which leave `room` tokens for one.
         """
         ...
 

@@ -23,7 +23,7 @@ def data(
     ] = None,
     out: Annotated[Path | None, typer.Option(help="An HTML page to write.")] = None,
     kind: Annotated[
-        str, typer.Option(help="pairs, groups or unpaired; auto: by columns.")
+        str, typer.Option(help="pairs, groups, unpaired, supervised or prompts; auto: by columns.")
     ] = "auto",
     modality: Annotated[str, typer.Option(help="text or image; auto: by columns.")] = "auto",
     options: Annotated[

@@ -22,7 +22,7 @@ EXAMINERS: Mapping[str, tuple[str, type[TextOptions] | type[ImageOptions]]] = {
 
     examine(data, options, *, kind, tokenizer) -> DataReport
 
-`kind` is "auto" or one of `alignkit.columns.KINDS`; `tokenizer` a folder or hub name, or None.
+`kind` is "auto" or one that the wing reads rows of; `tokenizer` a folder or hub name, or None.
 """
 
 
@@ -39,7 +39,8 @@ def examine(
     Args:
         data: as `align` takes it.
         modality: "text" or "image"; "auto" goes by the columns.
-        kind: "pairs", "groups", "unpaired" or "supervised"; "auto" goes by the columns.
+        kind: "pairs", "groups", "unpaired", "supervised" or (text) "prompts"; "auto" goes by the
+            columns.
         tokenizer: a folder or hub name whose tokenizer counts lengths; without one they are
             counted in characters. Text only.
         data_options: those of the run that will use the data.

@@ -25,6 +25,7 @@ from alignkit.text.encoding import Encoder, TokensOf
 from alignkit.text.examples import TextExamples, TokenRow
 from alignkit.text.formats import Rendered, is_messages, render_answers
 from alignkit.text.layouts import Layout, recognise
+from alignkit.text.prompt_rows import Question, read_question
 from alignkit.text.supervised import Demonstration, cut, learned, read_demonstration
 from alignkit.text.tokens import PAIR_IDS, SUPERVISED_IDS, Limits, Splitter, ids_of
 
@@ -33,6 +34,7 @@ LAYOUTS: Mapping[str, tuple[tuple[Column, ...], ...]] = {
     "groups": (("prompt", "responses", ("ranking", "scores")),),
     "unpaired": (("prompt", "completion", "label"), ("chosen", "rejected"), PAIR_IDS),
     "supervised": (("messages",), ("prompt", "completion"), SUPERVISED_IDS, ("text",)),
+    "prompts": (("prompt",), PAIR_IDS[:1], ("messages",), ("chosen", "rejected")),
 }
 """Kind of rows -> the ways to write them; a pair's prompt may be what its answers share."""
 
@@ -48,9 +50,10 @@ def read_examples(
     kind: str,
     loss_on: str = "completion",
     first: int = 0,
+    room: int = 0,
 ) -> TextExamples:
     """Check, tokenise and cut all rows of some data, numbered from `first` on; see `Reader`."""
-    reader = Reader(rows, tokenizer, options, kind, loss_on)
+    reader = Reader(rows, tokenizer, options, kind, loss_on, room)
     usable, labels = reader.read(enumerate(rows))
     reader.warn()
     usable = numbered_from(first, usable)
@@ -70,8 +73,9 @@ class Reader:
             any kind `weight`, on pairs `margin`, `p_chosen`, `score_chosen` and `score_rejected`.
         tokenizer: of the policy; not changed.
         options: limits and policies.
-        kind: "pairs", "groups", "unpaired" or "supervised".
+        kind: "pairs", "groups", "unpaired", "supervised" or "prompts".
         loss_on: of supervised rows what is learned: "completion", "assistant" or "all".
+        room: tokens that prompts leave for an answer.
 
     Attributes:
         skipped: reason -> how many rows were left out so far.
@@ -86,6 +90,7 @@ class Reader:
         options: TextOptions,
         kind: str,
         loss_on: str = "completion",
+        room: int = 0,
     ) -> None:
         self._name = rows.name
         self._tokenizer = tokenizer
@@ -95,7 +100,7 @@ class Reader:
         self._sieve = Sieve(rows, options.on_bad_row)
         self._encoder = Encoder(tokenizer)
         self._splitter = Splitter(tokenizer)
-        self._limits = Limits(options)
+        self._limits = Limits(options, room)
         self._template = bool(getattr(tokenizer, "chat_template", None))
         self._layout: Layout | None = None
         self._seen = False
@@ -124,7 +129,7 @@ class Reader:
                 ours = self._ours(row)
                 check_columns(ours, self._kind, LAYOUTS, self._name)
                 read.append((number, *self._items(ours)))
-        texts = [one.texts if isinstance(one, Demonstration) else one for _, one, _ in read]
+        texts = [getattr(one, "texts", one) for _, one, _ in read]
         rendered = [item for item in texts if isinstance(item, Rendered)]
         self.chat = self.chat or any(item.chat for item in rendered)
         tokens = self._encoder.encode(rendered)
@@ -132,6 +137,10 @@ class Reader:
         labels: list[Label] = []
         for number, item, label in read:
             with self._sieve.guard(number):
+                if isinstance(item, Question):
+                    usable.append(item.row(number, self._splitter, tokens, self._limits))
+                    labels.append(label)
+                    continue
                 if isinstance(item, Demonstration):
                     pieces = cut(item.mark(self._splitter, tokens), self._limits, plain=item.plain)
                     usable += [learned(number, piece) for piece in pieces]
@@ -158,7 +167,7 @@ class Reader:
             return row
         if not all(name in row for name in self._layout.columns):
             raise BadRow(f"not all columns of {self._layout.name} are there")
-        return {**_beside(row), **self._layout.convert[self._kind](row, self._template)}
+        return {**_beside(row, self._kind), **self._layout.to(self._kind)(row, self._template)}
 
     def _items(self, row: Mapping[str, Any]) -> tuple[Any, Any]:
         """What is to be tokenised of a row in our columns, and what it says of its answers."""
@@ -178,6 +187,12 @@ class Reader:
         self._limits.warn(name or self._name)
         self._splitter.warn(name or self._name)
         self._sieve.warn(name)
+        if self._kind == "prompts" and self._template and not self.chat:
+            log.warning(
+                "%s: the prompts are strings, which are taken as they are. For the tokenizer's "
+                "chat template, write them as messages.",
+                name or self._name,
+            )
 
 
 Tokens = tuple[Ids, tuple[Ids, ...]]
@@ -215,11 +230,15 @@ def _single(
 
 
 _READERS: Mapping[
-    str, Callable[[Any, Mapping[str, Any]], tuple[Rendered | Tokens, Label | tuple[Label, ...]]]
+    str,
+    Callable[
+        [Any, Mapping[str, Any]], tuple[Rendered | Tokens | Question, Label | tuple[Label, ...]]
+    ],
 ] = {
     "pairs": _pair,
     "groups": _group,
     "unpaired": _single,
+    "prompts": read_question,
 }
 
 
@@ -228,8 +247,10 @@ def _apart(row: TokenRow) -> list[TokenRow]:
     return [replace(row, answers=(answer,)) for answer in row.answers]
 
 
-def _beside(row: Mapping[str, Any]) -> dict[str, Any]:
-    """What any row may say beside its answers."""
+def _beside(row: Mapping[str, Any], kind: str) -> Mapping[str, Any]:
+    """What any row may say beside its answers; a prompt's row says all of it to the reward."""
+    if kind == "prompts":
+        return row
     return {name: row[name] for name in _ON_ANY_ROW if name in row}
 
 

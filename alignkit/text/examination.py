@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from alignkit.columns import KINDS, SAME, check_kind
+from alignkit.columns import SAME, check_kind
 from alignkit.data_report import DataReport, Histogram, Table
 from alignkit.errors import DataError
 from alignkit.options import TextOptions
@@ -29,12 +29,14 @@ NAMES = {
     "groups": ("answers",),
     "unpaired": ("answers",),
     "supervised": ("answers",),
+    "prompts": (),
 }
 SHOWN = {
     "pairs": "pairs",
     "groups": "rankings of K answers",
     "unpaired": "single labelled answers",
     "supervised": "demonstrations",
+    "prompts": "prompts to answer",
 }
 
 
@@ -74,7 +76,7 @@ def examine(data: Any, options: TextOptions, *, kind: str, tokenizer: str | None
     rows = (open_stream if streamed else read_rows)(data, columns=options.columns)
     first = next(iter(rows))
     kind = kind_of(first, rows.name) if kind == "auto" else kind
-    check_kind(kind)
+    check_kind(kind, tuple(LAYOUTS))
     layout = recognise(first, kind)
     unlimited = replace(options, on_bad_row="skip", identical_pairs="skip", max_length=2**30)
     reader = Reader(rows, _tokenizer(tokenizer), unlimited, kind)
@@ -95,6 +97,7 @@ def examine(data: Any, options: TextOptions, *, kind: str, tokenizer: str | None
     if layout is not None:
         facts["columns of"] = layout.name
     series = {"prompt": seen.prompts, **seen.answers}
+    whole = "Prompt and longest answer"
     marks = {"max_length": float(options.max_length)} if tokenizer is not None else {}
     return DataReport(
         name=rows.name,
@@ -105,7 +108,7 @@ def examine(data: Any, options: TextOptions, *, kind: str, tokenizer: str | None
         tables=[*_lengths(series, unit), *_left_out(losses)],
         histograms=[
             Histogram("Lengths", series, unit),
-            Histogram("Prompt and longest answer", {"rows": seen.longest}, unit, marks),
+            *([Histogram(whole, {"rows": seen.longest}, unit, marks)] if seen.answers else []),
         ],
     )
 
@@ -116,7 +119,7 @@ def kind_of(row: Mapping[str, Any], name: str) -> str:
     Raises:
         DataError: if it has those of none.
     """
-    for kind in KINDS:
+    for kind in LAYOUTS:
         if recognise(row, kind) is not None or any(_has(row, one) for one in LAYOUTS[kind]):
             return kind
     found = ", ".join(sorted(map(str, row)))
@@ -157,7 +160,7 @@ def _count(seen: Seen, row: TokenRow, names: Sequence[str]) -> None:
     seen.prompt_keys[prompt] += 1
     seen.prompts.append(len(row.prompt))
     lengths = [len(answer) for answer in row.answers]
-    seen.longest.append(len(row.prompt) + max(lengths))
+    seen.longest.append(len(row.prompt) + max(lengths, default=0))
     for place, length in enumerate(lengths):
         name = names[place] if place < len(names) and len(names) > 1 else names[-1]
         seen.answers.setdefault(name, []).append(length)

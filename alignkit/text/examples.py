@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 
@@ -20,12 +22,14 @@ class TokenRow:
     Attributes:
         number: its place in the data.
         scored: of each answer which tokens count, where not all do.
+        source: of a prompt without an answer, the row as the data gave it.
     """
 
     number: int
     prompt: Ids
     answers: tuple[Ids, ...]
     scored: tuple[np.ndarray, ...] | None = None
+    source: Mapping[str, Any] | None = None
 
 
 class TextExamples:
@@ -63,17 +67,27 @@ class TextExamples:
             owner=tuple(place for place, row in enumerate(rows) for _ in row.answers),
             scored=_scored(rows),
         )
-        return self.labels.batch(content, indices)
+        batch = self.labels.batch(content, indices)
+        sources = tuple(row.source for row in rows if row.source is not None)
+        return replace(batch, rows=sources) if sources else batch
 
     def fingerprint(self) -> str:
         parts = (
-            [ids.tobytes() for ids in (row.prompt, *row.answers, *(row.scored or ()))]
+            [
+                *(ids.tobytes() for ids in (row.prompt, *row.answers, *(row.scored or ()))),
+                *([] if row.source is None else [_told(row.source)]),
+            ]
             for row in self.rows
         )
         return fingerprint(self.labels, parts)
 
     def mismatched(self, indices: Sequence[int]) -> list[int]:
         return self.labels.mismatched(indices, [self.rows[i].prompt.tobytes() for i in indices])
+
+
+def _told(source: Mapping[str, Any]) -> bytes:
+    """What a row holds for rewards."""
+    return json.dumps(source, sort_keys=True, default=repr).encode()
 
 
 def _scored(rows: Sequence[TokenRow]) -> tuple[np.ndarray, ...] | None:

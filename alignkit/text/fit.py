@@ -9,8 +9,13 @@ from alignkit.text.examples import TextExamples
 from alignkit.text.handed import max_positions
 
 
-def check_fit(policy: Any, examples: TextExamples) -> None:
+def check_fit(policy: Any, examples: TextExamples, room: int = 0) -> None:
     """Ids and positions beyond the embeddings would read past their end, and kill a GPU.
+
+    Args:
+        policy: the model.
+        examples: the rows.
+        room: tokens that a prompt without an answer will be answered with.
 
     Raises:
         ConfigError: if there are any.
@@ -19,7 +24,7 @@ def check_fit(policy: Any, examples: TextExamples) -> None:
     top, length = 0, 0
     for row in examples.rows:
         top = max(top, *(int(ids.max()) for ids in (row.prompt, *row.answers)))
-        length = max(length, len(row.prompt) + max(map(len, row.answers)))
+        length = max(length, len(row.prompt) + max(map(len, row.answers), default=room))
     if top >= size:
         raise ConfigError(
             f"The tokenizer gives id {top} and the model has {size} embeddings: they do not "

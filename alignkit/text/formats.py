@@ -110,6 +110,11 @@ def render_answers(
         rendered = _render_chat(tokenizer, prompt, answers, told_of(row))
     else:
         rendered = _render_plain(prompt, answers)
+    return encodable(rendered)
+
+
+def encodable(rendered: Rendered) -> Rendered:
+    """The same; raises `BadRow` for a text that no tokenizer takes."""
     for text in (rendered.prompt or "", *rendered.full):
         try:
             text.encode()

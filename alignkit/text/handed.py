@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -58,6 +58,14 @@ def max_positions(model: Any) -> int | None:
     """How many tokens the model has positions for; None where its config names no limit."""
     found = getattr(base_of(model).config, "max_position_embeddings", None)
     return int(found) if found else None
+
+
+def eos_ids(model: Any, tokenizer: Any) -> list[int]:
+    """What ends an answer: the generation config's tokens and the tokenizer's."""
+    config = getattr(model, "generation_config", None)
+    ids = getattr(config, "eos_token_id", None)
+    listed = list(ids) if isinstance(ids, Iterable) else [ids]
+    return [i for i in dict.fromkeys([*listed, tokenizer.eos_token_id]) if i is not None]
 
 
 @contextmanager

@@ -36,6 +36,10 @@ class Layout:
     without: tuple[str, ...] = ()
     looks: Callable[[Row], bool] = lambda row: True
 
+    def to(self, kind: str) -> Convert:
+        """How a row becomes one of this kind; of prompts, any that has one."""
+        return self.convert[next(iter(self.convert)) if kind == "prompts" else kind]
+
     def fits(self, row: Row) -> bool:
         """Whether a row has this layout."""
         named = all(name in row for name in self.columns)
@@ -49,7 +53,8 @@ def recognise(row: Row, kind: str | None = None) -> Layout | None:
         row: the first one.
         kind: of rows that are asked for; None takes any.
     """
-    fitting = (one for one in LAYOUTS if kind is None or kind in one.convert)
+    anything = kind in (None, "prompts")
+    fitting = (one for one in LAYOUTS if anything or kind in one.convert)
     return next((one for one in fitting if one.fits(row)), None)
 
 

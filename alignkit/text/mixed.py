@@ -15,7 +15,7 @@ from alignkit.text.examples import TextExamples
 
 
 def read_mixture(
-    mixture: Mixture, tokenizer: Any, options: TextOptions, kind: str, loss_on: str
+    mixture: Mixture, tokenizer: Any, options: TextOptions, kind: str, loss_on: str, room: int = 0
 ) -> TextExamples:
     """All usable rows of all sets; they are numbered on from set to set.
 
@@ -28,7 +28,7 @@ def read_mixture(
     first = 0
     for name, data, weight in mixture.entries():
         rows = read_rows(data, columns=options.columns)
-        found = read_examples(rows, tokenizer, options, kind, loss_on, first)
+        found = read_examples(rows, tokenizer, options, kind, loss_on, first, room)
         if not len(found):
             raise DataError(
                 f"Every set of a mixture has usable rows; {name} has none. Left out: "

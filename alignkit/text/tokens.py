@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from alignkit.columns import BadRow
+from alignkit.errors import ConfigError
 from alignkit.options import TextOptions
 from alignkit.text.content import Ids
 from alignkit.text.encoding import TokensOf
@@ -73,8 +74,7 @@ class Splitter:
         full = [self.closed(tokens[text, item.chat], chat=item.chat) for text in item.full]
         known = full
         if item.prompt is not None:
-            prompt = tokens[item.prompt, item.chat]
-            known = [prompt if item.chat else left_open(self.tokenizer, item.prompt, prompt), *full]
+            known = [self.asked(item, tokens), *full]
         boundary = common_prefix(*known)
         if item.prompt is None and boundary <= int(not item.chat and full[0][0] == self.bos):
             raise BadRow("there is no prompt column, and the answers have no first words in common")
@@ -84,6 +84,12 @@ class Splitter:
         # An answer that is a prefix of another still has its last token as completion.
         boundary = min(boundary, *(len(one) - 1 for one in full))
         return full[0][:boundary], tuple(one[boundary:] for one in full)
+
+    def asked(self, item: Rendered, tokens: TokensOf) -> Ids:
+        """The ids of a prompt alone."""
+        assert item.prompt is not None
+        ids = tokens[item.prompt, item.chat]
+        return ids if item.chat else left_open(self.tokenizer, item.prompt, ids)
 
     def closed(self, ids: Ids, *, chat: bool) -> Ids:
         """Plain text ends with eos and begins with bos once; a chat template places them itself."""
@@ -124,13 +130,43 @@ class Splitter:
 class Limits:
     """Cuts rows to `max_length`.
 
+    Args:
+        options: with the limit.
+        room: tokens that a prompt without an answer leaves for one.
+
     Attributes:
         truncated: how many rows were cut.
     """
 
-    def __init__(self, options: TextOptions) -> None:
+    def __init__(self, options: TextOptions, room: int = 0) -> None:
+        if room >= options.max_length:
+            raise ConfigError(
+                f"data_options.max_length bounds a prompt and its answer; {options.max_length} "
+                f"leaves no prompt before an answer of generation.max_new_tokens={room}. Set "
+                f"data_options.max_length above {room}."
+            )
         self.options = options
+        self.room = max(1, room)
         self.truncated = 0
+
+    def cut_prompt(self, prompt: Ids) -> Ids:
+        """A prompt without an answer, within the limit and with room for one.
+
+        Raises:
+            BadRow: it is longer, and `truncation` is not "keep_end", which cuts its start.
+        """
+        limit = self.options.max_length - self.room
+        if len(prompt) <= limit:
+            return prompt
+        if self.options.truncation != "keep_end":
+            reason = f"the prompt leaves no room for an answer below max_length {limit + self.room}"
+            raise BadRow(
+                reason,
+                f"{reason}: it has {len(prompt)} tokens, and an answer up to {self.room}; "
+                "data_options.truncation='keep_end' cuts a prompt's start",
+            )
+        self.truncated += 1
+        return prompt[-limit:]
 
     def cut(self, prompt: Ids, answers: tuple[Ids, ...]) -> tuple[Ids, tuple[Ids, ...]]:
         """Prompt and answers within the limit; all answers keep the same prompt.

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 
@@ -22,18 +21,18 @@ from alignkit.protocols import Wing
 from alignkit.rows import read_rows
 from alignkit.stream import open_stream
 from alignkit.text.backend import TextBackend
-from alignkit.text.data import Reader, read_examples
+from alignkit.text.data import LAYOUTS, Reader, read_examples
 from alignkit.text.examples import TextExamples
 from alignkit.text.fit import check_fit
-from alignkit.text.formats import left_open, prompt_text, render_prompt
+from alignkit.text.formats import prompt_text
 from alignkit.text.generation import generate, is_cut
-from alignkit.text.handed import State, base_of, evaluating, max_positions, uncompiled
+from alignkit.text.handed import State, base_of, eos_ids, evaluating, max_positions, uncompiled
 from alignkit.text.likelihood import TextLikelihood
 from alignkit.text.loading import load, refuse_other_models
 from alignkit.text.mixed import read_mixture
 from alignkit.text.noise import embedding_of
 from alignkit.text.policy import attach, checkpoint_layers, checkpointing_obstacle, detach
-from alignkit.text.prompts import distinct_prompts
+from alignkit.text.prompts import distinct_prompts, prompt_ids
 from alignkit.text.streamed import TextStream
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -155,15 +154,22 @@ class TextWing:
         return active_adapters(self.policy)
 
     def examples(
-        self, data: Any, options: TextOptions, *, kind: str, seed: int, loss_on: str = "completion"
+        self,
+        data: Any,
+        options: TextOptions,
+        *,
+        kind: str,
+        seed: int,
+        loss_on: str = "completion",
+        room: int = 0,
     ) -> TextExamples:
-        check_kind(kind)
+        check_kind(kind, tuple(LAYOUTS))
         if isinstance(data, Mixture):
-            examples = read_mixture(data, self.tokenizer, options, kind, loss_on)
+            examples = read_mixture(data, self.tokenizer, options, kind, loss_on, room)
         else:
             rows = read_rows(data, columns=options.columns)
-            examples = read_examples(rows, self.tokenizer, options, kind, loss_on)
-        check_fit(self.policy, examples)
+            examples = read_examples(rows, self.tokenizer, options, kind, loss_on, room=room)
+        check_fit(self.policy, examples, room)
         self.chat = examples.chat
         self.backend.choose(options.packing)
         return examples
@@ -175,13 +181,14 @@ class TextWing:
         *,
         kind: str,
         loss_on: str = "completion",
+        room: int = 0,
         first: int = 0,
     ) -> TextStream:
         """Rows that are prepared while the model trains; they are numbered from `first` on."""
-        check_kind(kind)
+        check_kind(kind, tuple(LAYOUTS))
         opened = open_stream(data, columns=options.columns)
-        reader = partial(Reader, opened, self.tokenizer, options, kind, loss_on)
-        found = TextStream(opened, reader, partial(check_fit, self.policy), first)
+        reader = partial(Reader, opened, self.tokenizer, options, kind, loss_on, room)
+        found = TextStream(opened, reader, partial(check_fit, self.policy, room=room), first)
         self.chat = (self.chat and first > 0) or found.chat
         self.backend.choose(options.packing)
         return found
@@ -194,8 +201,8 @@ class TextWing:
         self, prompts: Sequence[Any], options: GenerationOptions, *, seed: int
     ) -> Sampled:
         """The same, with the tokens of prompts and answers."""
-        ids = self._prompt_ids(prompts)
-        eos = self._eos_ids()
+        ids = prompt_ids(self.tokenizer, prompts, chat=self.chat)
+        eos = eos_ids(self.policy, self.tokenizer)
 
         def answers(model: Any) -> list[list[int]]:
             return generate(model, self.tokenizer, ids, options, seed=seed, eos_ids=eos)
@@ -214,26 +221,6 @@ class TextWing:
             for prompt, text in zip(prompts, texts, strict=True)
         ]
         return Sampled(texts, [prompt.tolist() for prompt in ids], new, cut)
-
-    def _prompt_ids(self, prompts: Sequence[Any]) -> list[np.ndarray]:
-        ids = []
-        for prompt in prompts:
-            chat = self.chat or not isinstance(prompt, str)
-            text = render_prompt(self.tokenizer, prompt, chat=chat)
-            one = self.tokenizer(text, add_special_tokens=not chat)["input_ids"]
-            one = one if chat else left_open(self.tokenizer, text, one)
-            if not one:
-                begin = self.tokenizer.bos_token_id
-                one = [begin if begin is not None else self.tokenizer.eos_token_id]
-            ids.append(np.asarray(one, dtype=np.int32))
-        return ids
-
-    def _eos_ids(self) -> list[int]:
-        """What ends an answer: the generation config's tokens and the tokenizer's."""
-        config = getattr(self.policy, "generation_config", None)
-        ids = getattr(config, "eos_token_id", None)
-        listed = list(ids) if isinstance(ids, Iterable) else [ids]
-        return [i for i in dict.fromkeys([*listed, self.tokenizer.eos_token_id]) if i is not None]
 
     def prompts(self, data: Any, options: TextOptions, limit: int) -> list[Any]:
         return distinct_prompts(data, self.tokenizer, options, limit)
