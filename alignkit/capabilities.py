@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor
 
 from alignkit.batches import Batch
-from alignkit.options import GenerationOptions
-from alignkit.protocols import Key
+from alignkit.options import GenerationOptions, LoRA
+from alignkit.protocols import Backend, Key
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,20 @@ class CountsTokens(Protocol):
         self, prompts: Sequence[Any], options: GenerationOptions, *, seed: int
     ) -> Sampled:
         """`Wing.sample`, with what was sampled before it became text."""
+        ...
+
+
+@runtime_checkable
+class ScoresStates(Protocol):
+    """A wing beside whose policy a model can stand that scores its answers, token by token."""
+
+    def scalar(self, init: str | Path = "policy", *, adapter: LoRA | None = None) -> Backend:
+        """A critic: its module's `total` is an answer's score, and its extra "values" (N, T) the
+        values of the states before each completion token, with "token_mask" (N, T).
+
+        `init` is "policy" (a copy of its trunk as it computes now, and a head of zeros) or a reward
+        model's folder. Call it before the policy is sharded.
+        """
         ...
 
 

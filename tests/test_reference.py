@@ -210,7 +210,7 @@ def test_gradient_checkpointing_changes_no_gradient(architecture, kind) -> None:
 
 def count_blocks(wing: Any) -> list[int]:
     """How often the first block's attention runs."""
-    from alignkit.text.likelihood import repeated_layers
+    from alignkit.text.module import repeated_layers
 
     calls, block = [0], repeated_layers(wing.policy)[0]
     attention = next(m for n, m in block.named_children() if "att" in n)

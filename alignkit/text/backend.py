@@ -11,7 +11,7 @@ from torch import nn
 from alignkit.batches import Batch
 from alignkit.errors import ConfigError
 from alignkit.protocols import Key
-from alignkit.text.likelihood import TextLikelihood
+from alignkit.text.module import TextModule
 from alignkit.text.noise import EmbeddingNoise
 from alignkit.text.packing import PACKED, positions_of
 from alignkit.text.packing_check import obstacle
@@ -75,7 +75,7 @@ class TextBackend:
         """Why the models cannot compute a layout, or None; found by trying, once."""
         if layout not in self._obstacles:
             held = [getattr(m, "module", m) for m in (self.module, *self.beside)]  # DDP's inside
-            modules = [module for module in held if isinstance(module, TextLikelihood)]
+            modules = [module for module in held if isinstance(module, TextModule)]
             found = (obstacle(module, layout) for module in modules)
             self._obstacles[layout] = next((reason for reason in found if reason), None)
         return self._obstacles[layout]

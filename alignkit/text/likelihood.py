@@ -9,30 +9,25 @@ eval mode whatever its config says.
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
-from typing import Any, TypeVar
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from alignkit.batches import Batch, Likelihood
-from alignkit.text.attention import configs_of, packed
-from alignkit.text.content import TextContent
-from alignkit.text.handed import base_of, evaluating
+from alignkit.text.handed import evaluating
 from alignkit.text.head import Head
+from alignkit.text.module import TextModule, work_of
 from alignkit.text.noise import EmbeddingNoise, added
-from alignkit.text.packing import Layout, Placed, lay_out, stretches
+from alignkit.text.packing import Placed, lay_out, stretches
 from alignkit.text.routing import Routers
 
-Answer = TypeVar("Answer")
 EXTRAS = frozenset({"token_logps", "token_mask", "public", "alignment", "correct", "router"})
 
 
-class TextLikelihood(nn.Module):
+class TextLikelihood(TextModule):
     """The likelihood module of a causal LM: its forward is the likelihood.
 
     Args:
@@ -41,27 +36,9 @@ class TextLikelihood(nn.Module):
     """
 
     def __init__(self, model: nn.Module, *, autocast: torch.dtype | None = None) -> None:
-        super().__init__()
-        self.model = model
-        self.autocast = autocast
-        forward = inspect.signature(base_of(model).forward)
-        self.takes_positions = "position_ids" in forward.parameters
-        self.train(False)
+        super().__init__(model, autocast=autocast)
         self.head = Head(model)
         self.routers = Routers(model)
-        self.configs = configs_of(model)
-
-    def shard_units(self) -> list[nn.Module]:
-        """The blocks that FSDP2 shards one by one: the repeated layers of the model."""
-        return repeated_layers(self.model)
-
-    def within(self, use: Callable[[nn.Module], Answer]) -> Answer:
-        """Another use of the model than its likelihood, such as sampling.
-
-        FSDP2 takes this method for a forward: inside, the model's own weights are whole, and each
-        block's are while it runs. All processes must call it alike.
-        """
-        return use(self.model)
 
     def forward(
         self,
@@ -113,17 +90,6 @@ class TextLikelihood(nn.Module):
             work=work_of(batch.content, rows.host),
         )
 
-    def _inputs(self, rows: Placed) -> dict[str, Any]:
-        """What the model takes of a layout; a packed row is masked by its attention alone."""
-        inputs = {"input_ids": rows.ids, "attention_mask": rows.attention().long()}
-        if rows.host.groups:
-            inputs["position_ids"] = rows.positions
-        return inputs
-
-    def _attention(self, rows: Placed) -> AbstractContextManager[None]:
-        groups = rows.host.groups
-        return packed(self.configs, groups) if groups else nullcontext()
-
     def _noise(
         self, draw: EmbeddingNoise | None, batch: Batch, rows: Placed
     ) -> AbstractContextManager[None]:
@@ -132,20 +98,9 @@ class TextLikelihood(nn.Module):
         made = partial(draw.laid_out, stretches(rows.host), batch.content.lengths())
         return added(self.model, made)
 
-    def _autocast(self, device: torch.device) -> AbstractContextManager[Any]:
-        if self.autocast is None:
-            return nullcontext()
-        return torch.autocast(device.type, dtype=self.autocast)
-
-
-def work_of(content: TextContent, rows: Layout) -> dict[str, tuple[float, float]]:
-    """Positions computed, beside real tokens and beside one padded rectangle."""
-    lengths = content.lengths()
-    padded = len(lengths) * max(lengths)
-    return {
-        "positions/per_token": (rows.ids.size, sum(lengths)),
-        "positions/of_padded": (rows.ids.size, padded),
-    }
+    def per_token(self, batch: Batch) -> Tensor:
+        found: Likelihood = self(batch, want=frozenset({"token_logps"}))
+        return found.extras["token_logps"]
 
 
 def public_logps(
@@ -162,12 +117,3 @@ def public_logps(
 def per_answer(rows: Placed, values: Float[Tensor, " M"]) -> Float[Tensor, " N"]:
     """Of each answer, the sum over its scored tokens."""
     return rows.table(values).sum(-1)
-
-
-def repeated_layers(model: nn.Module) -> list[nn.Module]:
-    """The members of the model's largest `nn.ModuleList`: its transformer blocks.
-
-    The largest by parameters: the experts inside a block may be more, but not larger.
-    """
-    lists = [m for m in model.modules() if isinstance(m, nn.ModuleList)]
-    return list(max(lists, key=lambda m: sum(p.numel() for p in m.parameters()), default=[]))

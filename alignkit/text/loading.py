@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -57,19 +58,24 @@ def load(
             "tokenizer)."
         )
     name = str(policy)
-    try:
+    what = f"The policy {name!r} could not be loaded as a causal language model with its tokenizer"
+    with loading_errors_of(what):
         folder = adapter_folder(name)
         if folder is None:
             more = {} if quantization is None else _in_4_bits(dtype, device)
-            return load_whole(name, dtype if more else masters, **more), _tokenizer(name)
+            return load_whole(name, dtype if more else masters, **more), tokenizer_of(name)
         return _on_its_base(folder, dtype)
+
+
+@contextmanager
+def loading_errors_of(what: str) -> Iterator[None]:
+    """Inside, what goes wrong with files or weights is a `ConfigError` that begins so."""
+    try:
+        yield
     except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
         if isinstance(error, ConfigError):
             raise
-        raise ConfigError(
-            f"The policy {name!r} could not be loaded as a causal language model with its "
-            f"tokenizer: {error}"
-        ) from error
+        raise ConfigError(f"{what}: {error}") from error
 
 
 def adapter_folder(name: str) -> Path | None:
@@ -146,10 +152,11 @@ def _on_its_base(folder: Path, dtype: torch.dtype) -> tuple[Any, Any]:
 
 def tokenizer_beside(folder: Path, base: str) -> Any:
     """An adapter's own tokenizer, or that of its base."""
-    return _tokenizer(str(folder) if any(folder.glob("tokenizer*")) else base)
+    return tokenizer_of(str(folder) if any(folder.glob("tokenizer*")) else base)
 
 
-def _tokenizer(name: str) -> Any:
+def tokenizer_of(name: str) -> Any:
+    """The tokenizer of a folder or a repository."""
     from transformers import AutoTokenizer
 
     return AutoTokenizer.from_pretrained(name, **_NO_CODE)

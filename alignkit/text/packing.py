@@ -4,8 +4,9 @@
     varlen   one row of all answers, each after a prompt of its own; nothing is filled up
     prefix   one row of all groups, each prompt once and all of its answers after it
 
-Position s predicts token s + 1. So a completion's last token is nobody's input, and is left out;
-the first token of every answer of a group is predicted at the last position of their prompt.
+Position s predicts token s + 1. So a completion's last token is nobody's input, and is left out,
+unless the layout is to be whole, for what is read off after it; the first token of every answer of
+a group is predicted at the last position of their prompt.
 Packed rows need an attention that keeps sequences apart (attention.py).
 """
 
@@ -64,6 +65,7 @@ class Layout:
         places: (M,) their places in their completions.
         lengths: scored tokens of each answer.
         width: tokens of the longest completion.
+        lasts: (N,) where each answer's last token stands in the flattened rows, if it is there.
     """
 
     ids: np.ndarray
@@ -75,11 +77,12 @@ class Layout:
     places: np.ndarray
     lengths: tuple[int, ...]
     width: int
+    lasts: np.ndarray
 
     def to(self, device: torch.device) -> Placed:
         """On the device, by one transfer that the host does not wait for."""
         parts = [self.ids, self.positions, self.predicts, self.targets, self._cells()]
-        parts += [np.array(self.lengths), np.array(self.ends)]
+        parts += [np.array(self.lengths), np.array(self.ends), self.lasts]
         held = torch.from_numpy(np.concatenate([part.ravel() for part in parts]).astype(np.int64))
         if device.type == "cuda":
             held = held.pin_memory()
@@ -87,8 +90,7 @@ class Layout:
         tensors = [
             t.view(p.shape) for t, p in zip(held.split([p.size for p in parts]), parts, strict=True)
         ]
-        ids, positions, predicts, targets, cells, lengths, ends = tensors
-        return Placed(self, ids, positions, predicts, targets, cells, lengths, ends)
+        return Placed(self, *tensors)
 
     def _cells(self) -> np.ndarray:
         """(M,) each scored token's place in a flattened table of N rows of `width`."""
@@ -107,6 +109,7 @@ class Placed:
     cells: Int[Tensor, " M"]
     lengths: Int[Tensor, " N"]
     ends: Int[Tensor, " R"]
+    lasts: Int[Tensor, " L"]
 
     def attention(self) -> Bool[Tensor, "R T"]:
         """True on real tokens."""
@@ -149,16 +152,23 @@ class _Row:
 class _Tokens:
     """The scored tokens of a layout in the making."""
 
-    def __init__(self, content: TextContent) -> None:
+    def __init__(self, content: TextContent, whole: bool) -> None:
         self.content = content
+        self.whole = whole
         self.predicts: list[np.ndarray] = []
         self.targets: list[np.ndarray] = []
         self.places: list[np.ndarray] = []
+        self.lasts: list[int] = []
 
     def inputs(self, answer: int) -> np.ndarray:
-        """The tokens of a completion that predict something: those before its last scored one."""
+        """The tokens of a completion that predict something: those before its last scored one; or
+        all of them.
+        """
+        completion = self.content.completions[answer]
+        if self.whole:
+            return completion
         counted = self.content.counted(answer)
-        return self.content.completions[answer][: counted[-1] if len(counted) else 0]
+        return completion[: counted[-1] if len(counted) else 0]
 
     def add(self, answer: int, prompt_end: int, start: int) -> None:
         """An answer whose inputs stand at `start`, after a prompt that ends before `prompt_end`."""
@@ -166,6 +176,8 @@ class _Tokens:
         self.predicts.append(np.where(counted == 0, prompt_end - 1, start + counted - 1))
         self.targets.append(self.content.completions[answer][counted])
         self.places.append(counted)
+        if self.whole:
+            self.lasts.append(start + len(self.content.completions[answer]) - 1)
 
     def fields(self) -> dict[str, Any]:
         """What a layout says of them."""
@@ -175,12 +187,13 @@ class _Tokens:
             "places": np.concatenate(self.places),
             "lengths": tuple(map(len, self.places)),
             "width": max(map(len, self.content.completions)),
+            "lasts": np.array(self.lasts, dtype=np.int64),
         }
 
 
-def padded(content: TextContent) -> Layout:
+def padded(content: TextContent, whole: bool = False) -> Layout:
     """Masks come from lengths, never from a pad id: pad may equal eos or any other token."""
-    tokens = _Tokens(content)
+    tokens = _Tokens(content, whole)
     prompts = [content.prompts[owner] for owner in content.owner]
     answers = [tokens.inputs(answer) for answer in range(len(prompts))]
     ends = [len(p) + len(a) for p, a in zip(prompts, answers, strict=True)]
@@ -193,17 +206,17 @@ def padded(content: TextContent) -> Layout:
     return Layout(ids, positions, tuple(ends), (), **tokens.fields())
 
 
-def varlen(content: TextContent) -> Layout:
+def varlen(content: TextContent, whole: bool = False) -> Layout:
     """Every answer after a prompt of its own."""
-    row, tokens, groups = _Row(), _Tokens(content), []
+    row, tokens, groups = _Row(), _Tokens(content, whole), []
     for answer, owner in enumerate(content.owner):
         groups.append(_alone(row, tokens, answer, content.prompts[owner]))
     return row.layout(groups, tokens)
 
 
-def prefix(content: TextContent) -> Layout:
+def prefix(content: TextContent, whole: bool = False) -> Layout:
     """Every prompt once; a group of one answer is a sequence like any other."""
-    row, tokens, groups = _Row(), _Tokens(content), []
+    row, tokens, groups = _Row(), _Tokens(content, whole), []
     members: list[list[int]] = [[] for _ in content.prompts]
     for answer, owner in enumerate(content.owner):
         members[owner].append(answer)
@@ -230,7 +243,7 @@ def _alone(row: _Row, tokens: _Tokens, answer: int, prompt: np.ndarray) -> Group
     return Group(start, len(prompt) + len(inputs))
 
 
-LAYOUTS: Mapping[str, Callable[[TextContent], Layout]] = {
+LAYOUTS: Mapping[str, Callable[[TextContent, bool], Layout]] = {
     "padded": padded,
     "varlen": varlen,
     "prefix": prefix,
@@ -238,8 +251,9 @@ LAYOUTS: Mapping[str, Callable[[TextContent], Layout]] = {
 PACKED = ("prefix", "varlen")
 
 
-def lay_out(content: TextContent) -> Layout:
-    return LAYOUTS[content.layout](content)
+def lay_out(content: TextContent, *, whole: bool = False) -> Layout:
+    """The layout that the content names; `whole`: with completions' last tokens as inputs, too."""
+    return LAYOUTS[content.layout](content, whole)
 
 
 Stretch = tuple[int, int, int]

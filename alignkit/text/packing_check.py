@@ -11,14 +11,14 @@ from dataclasses import replace
 import numpy as np
 import torch
 
-from alignkit.batches import Batch, Likelihood
+from alignkit.batches import Batch
 from alignkit.text.attention import NotPackable
 from alignkit.text.content import TextContent
 from alignkit.text.handed import base_of, max_positions, uncompiled
-from alignkit.text.likelihood import TextLikelihood
+from alignkit.text.module import TextModule
 
 TOLERANCE = 1e-5
-"""Largest difference of a token's log-probability, in float32."""
+"""Largest difference of a token's numbers, in float32."""
 LENGTHS = ((11, (3, 9, 6)), (4, (7, 5)))
 """Tokens of two prompts and their answers."""
 WINDOW = 48
@@ -26,47 +26,45 @@ WINDOW = 48
 
 
 @torch.no_grad()
-def obstacle(module: TextLikelihood, layout: str) -> str | None:
+def obstacle(module: TextModule, layout: str) -> str | None:
     """Why the module cannot compute the layout, or None."""
     if not module.takes_positions:
         return f"{_name(module)} takes no position_ids, so that answers cannot follow a prompt."
     batch = _sample(module)
-    expected = _logps(module, batch, "padded")
+    expected = _numbers(module, batch, "padded")
     try:
-        found = _logps(module, batch, layout)
+        found = _numbers(module, batch, layout)
     except NotPackable as reason:
         return f"{_name(module)} cannot: {reason}."
     except Exception as error:
         return f"{_name(module)} fails on a packed row ({type(error).__name__}: {error})."
     apart = float((found - expected).abs().max())
     # What the model's own arithmetic makes of the same tokens in other company.
-    alone = _logps(module, batch.select([1]), "padded")
+    alone = _numbers(module, batch.select([1]), "padded")
     rounding = float((alone - expected[3:, : alone.shape[1]]).abs().max())
     if apart <= max(TOLERANCE, 8 * rounding):
         return None
     return (
-        f"a token's log-probability in {_name(module)} depends on what else is in the row "
-        f"(by {apart:.1e})."
+        f"a token's output in {_name(module)} depends on what else is in the row (by {apart:.1e})."
     )
 
 
-def _name(module: TextLikelihood) -> str:
+def _name(module: TextModule) -> str:
     return type(base_of(module.model)).__name__
 
 
-def _logps(module: TextLikelihood, batch: Batch, layout: str) -> torch.Tensor:
+def _numbers(module: TextModule, batch: Batch, layout: str) -> torch.Tensor:
     laid = replace(batch, content=replace(batch.content, layout=layout))
     # Without autocast: its rounding would hide small differences.
     kept, module.autocast = module.autocast, None
     try:
         with uncompiled(module.model):
-            found: Likelihood = module(laid, want=frozenset({"token_logps"}))
-        return found.extras["token_logps"]
+            return module.per_token(laid)
     finally:
         module.autocast = kept
 
 
-def _sample(module: TextLikelihood) -> Batch:
+def _sample(module: TextModule) -> Batch:
     """Two groups of ids from all over the vocabulary, always the same."""
     size = base_of(module.model).get_input_embeddings().weight.shape[0]
     windows = [getattr(config, "sliding_window", None) or 0 for config in module.configs]

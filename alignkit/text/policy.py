@@ -19,8 +19,8 @@ from alignkit.errors import ConfigError, nearest
 from alignkit.options import LoRA
 from alignkit.text.attention import as_computed, configs_of
 from alignkit.text.handed import base_of
-from alignkit.text.likelihood import repeated_layers
 from alignkit.text.loading import adapter_folder
+from alignkit.text.module import repeated_layers
 
 
 def attach(model: Any, adapter: LoRA | None) -> tuple[Any, str]:
@@ -67,7 +67,9 @@ def _fresh(model: Any, adapter: LoRA) -> Any:
     targets = _targets(model, adapter)
     # GPT-2's Conv1D stores its weight transposed.
     transposed = any(isinstance(module, Conv1D) for module in model.modules())
-    config = lora_config(adapter, targets, task_type="CAUSAL_LM", fan_in_fan_out=transposed)
+    scores = type(model).__name__.endswith("ForSequenceClassification")
+    task = "SEQ_CLS" if scores else "CAUSAL_LM"  # trains and saves the head that scores, too
+    config = lora_config(adapter, targets, task_type=task, fan_in_fan_out=transposed)
     try:
         with quiet_peft():
             adapted = get_peft_model(model, config)

@@ -14,7 +14,6 @@ from torch import nn
 from alignkit.adapters import active_adapters, adapter_on, adapters_off
 from alignkit.capabilities import Sampled
 from alignkit.columns import check_kind
-from alignkit.memory import align_memory
 from alignkit.mixtures import Mixture
 from alignkit.options import GenerationOptions, LoRA, TextOptions
 from alignkit.protocols import Wing
@@ -30,12 +29,12 @@ from alignkit.text.handed import State, base_of, eos_ids, evaluating, max_positi
 from alignkit.text.likelihood import TextLikelihood
 from alignkit.text.loading import load, refuse_other_models
 from alignkit.text.mixed import read_mixture
+from alignkit.text.module import TextModule
 from alignkit.text.noise import embedding_of
-from alignkit.text.policy import attach, checkpoint_layers, checkpointing_obstacle, detach
+from alignkit.text.policy import detach
 from alignkit.text.prompts import distinct_prompts, prompt_ids
 from alignkit.text.streamed import TextStream
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+from alignkit.text.together import DTYPES, put_together
 
 
 def build(
@@ -73,36 +72,20 @@ def build(
     refuse_other_models(model)
     if neftune_alpha is not None:
         embedding_of(model)
-    before = State(model, gradients=isinstance(policy, (tuple, list)))
-    dtypes = {} if beside is not None else {p: p.dtype for p in model.parameters()}
-    kind = "none"
-    try:
-        if beside is None:
-            with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(seed)  # peft draws A from the global generator
-                model, kind = attach(model, adapter)
-    except BaseException:
-        before.restore()
-        raise
-    if not getattr(model, "is_quantized", False):  # those are where they shall be
-        model.to(device)
-    align_memory(model)
-    module = TextLikelihood(model, autocast=None if dtype == torch.float32 else dtype)
-    if beside is not None and isinstance(beside.backend, TextBackend):
-        beside.backend.beside.append(module)  # computes the same rows, and must be able to
-    wing = TextWing(
-        model, tokenizer, module, adapter=kind, before=before, dtypes=dtypes, added=adapter
+    wing = put_together(
+        model,
+        tokenizer,
+        TextWing,
+        TextLikelihood,
+        in_hand=isinstance(policy, (tuple, list)),
+        adapter=adapter,
+        device=device,
+        dtype=dtype,
+        gradient_checkpointing=gradient_checkpointing,
+        seed=seed,
+        beside=beside,
     )
     wing.backend.neftune_alpha = neftune_alpha
-    if gradient_checkpointing == "auto":
-        on_gpu = torch.device(device).type == "cuda"
-        gradient_checkpointing = on_gpu and checkpointing_obstacle(model) is None
-    try:
-        if gradient_checkpointing:
-            checkpoint_layers(model)
-    except BaseException:
-        wing.undo()
-        raise
     return wing
 
 
@@ -126,7 +109,7 @@ class TextWing:
         self,
         model: Any,
         tokenizer: Any,
-        module: TextLikelihood,
+        module: TextModule,
         *,
         adapter: str,
         before: State,
@@ -221,6 +204,12 @@ class TextWing:
             for prompt, text in zip(prompts, texts, strict=True)
         ]
         return Sampled(texts, [prompt.tolist() for prompt in ids], new, cut)
+
+    def scalar(self, init: str | Path = "policy", *, adapter: LoRA | None = None) -> TextBackend:
+        """See `capabilities.ScoresStates`."""
+        from alignkit.text.scalar_wing import critic_of
+
+        return critic_of(self, init, adapter).backend
 
     def prompts(self, data: Any, options: TextOptions, limit: int) -> list[Any]:
         return distinct_prompts(data, self.tokenizer, options, limit)

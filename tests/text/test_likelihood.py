@@ -14,7 +14,7 @@ from torch import nn
 from alignkit.batches import Batch
 from alignkit.options import TextOptions
 from alignkit.text.backend import TextBackend
-from alignkit.text.likelihood import repeated_layers
+from alignkit.text.module import repeated_layers
 from tests.builders import text_wing, token_rows
 
 ROWS = [

@@ -19,7 +19,8 @@ from alignkit.text.attention import IMPLEMENTATION
 from alignkit.text.backend import TextBackend
 from alignkit.text.content import TextContent
 from alignkit.text.flash import SharedPrompt
-from alignkit.text.likelihood import TextLikelihood, repeated_layers
+from alignkit.text.likelihood import TextLikelihood
+from alignkit.text.module import repeated_layers
 from alignkit.text.packing import lay_out
 from alignkit.text.policy import checkpoint_layers
 from tests.losses.no_sync import NoSync
