@@ -20,6 +20,7 @@ from alignkit.options import (
     TextOptions,
     TrainerOptions,
 )
+from alignkit.records import differences
 from alignkit.reference_options import REFERENCE_KINDS, ReferenceOption
 from alignkit.schema import (
     build,
@@ -269,10 +270,10 @@ def changed_keys(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
 
     Where a run is written, how it resumes and who is told of it do not matter.
     """
-    return [path for path in _differences(old, new, "") if path not in _NOT_COMPARED]
+    return [path for path, *_ in differences(old, new, NOT_COMPARED)]
 
 
-_NOT_COMPARED = {
+NOT_COMPARED = {
     *WRITTEN_BY_RUNS,
     "run_dir",
     "resume",
@@ -280,15 +281,7 @@ _NOT_COMPARED = {
     "trainer.trackers",
     "trainer.push_to_hub",
 }
-
-
-def _differences(old: Any, new: Any, path: str) -> Iterator[str]:
-    if not (isinstance(old, Mapping) and isinstance(new, Mapping)):
-        if old != new:
-            yield path
-    elif path not in _NOT_COMPARED:
-        for key in [*old, *(key for key in new if key not in old)]:
-            yield from _differences(old.get(key), new.get(key), dotted(path, key))
+"""What of a run its numbers do not depend on."""
 
 
 def _leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:

@@ -4,6 +4,7 @@ and the worst.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 from collections.abc import Mapping, Sequence
@@ -15,7 +16,7 @@ from PIL.Image import Image
 from tqdm.auto import tqdm
 
 from alignkit.atomic import atomic_folder, atomic_write
-from alignkit.config import RunConfig
+from alignkit.config import RunConfig, to_mapping
 from alignkit.draws import generator
 from alignkit.errors import ConfigError, DataError
 from alignkit.methods import DPO
@@ -82,16 +83,14 @@ def sample_preferences(
     rows = read_prompts(prompts, columns or {})
     scored = None if reward is None else reward_of(reward, modality)
     labeller = Labeller(scored, judge, samples_per_prompt, soft_labels)
-    asked = labeller.describe() | {
-        "policy": str(policy) if isinstance(policy, (str, Path)) else type(policy).__name__,
-        "prompts": len(rows),
-        "seed": seed,
-    }
+    generation = generation or GenerationOptions()
+    config = RunConfig(policy, DPO(), [], adapter=adapter, generation=generation, seed=seed)
+    told = to_mapping(config)
+    asked = labeller.describe() | {"prompts": digest_of(rows), "num_prompts": len(rows)}
+    asked |= {name: told[name] for name in ("policy", "adapter", "generation", "seed")}
     if scored is not None:
         asked["labelled_by"] = name_of(reward, scored)
     keep_or_refuse(folder / "asked.json", asked, "answers")
-    generation = generation or GenerationOptions()
-    config = RunConfig(policy, DPO(), [], adapter=adapter, generation=generation, seed=seed)
     wing, lines = build_wing(config, modality, Runtime()), []
     try:
         for start in tqdm(range(0, len(rows), PART), desc="Sampling and labelling", disable=None):
@@ -198,6 +197,12 @@ def read_prompts(prompts: Any, columns: Mapping[str, str]) -> list[Row]:
                 f"{', '.join(row) or 'none'}. Rename with data_options.columns."
             )
     return rows
+
+
+def digest_of(rows: Sequence[Row]) -> str:
+    """Of what rows say; of what stands in no text, such as a picture in memory, only its type."""
+    text = json.dumps(rows, ensure_ascii=False, default=lambda value: type(value).__name__)
+    return hashlib.sha256(text.encode("utf-8", "backslashreplace")).hexdigest()
 
 
 def check_labels(reward: Any, judge: Any, samples: Any, soft_labels: bool) -> None:

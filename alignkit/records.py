@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -54,27 +54,61 @@ def from_json(line: bytes) -> dict[str, Any] | None:
     return record if isinstance(record, dict) else None
 
 
-def keep_or_refuse(path: Path, facts: Mapping[str, Any], what: str) -> None:
+def differences(
+    old: Any, new: Any, ignored: Collection[str] = (), path: str = ""
+) -> Iterator[tuple[str, Any, Any]]:
+    """The leaves at which two nested mappings differ: dotted path, old value, new value."""
+    if path in ignored:
+        return
+    if not (isinstance(old, Mapping) and isinstance(new, Mapping)):
+        if old != new:
+            yield path, old, new
+        return
+    for key in [*old, *(key for key in new if key not in old)]:
+        inner = f"{path}.{key}" if path else str(key)
+        yield from differences(old.get(key), new.get(key), ignored, inner)
+
+
+def keep_or_refuse(
+    path: Path,
+    facts: Mapping[str, Any],
+    what: str,
+    *,
+    ignored: Collection[str] = (),
+    write: bool = True,
+) -> None:
     """Write down what a folder's contents rest on; in a folder that was begun, compare it.
 
     Args:
-        path: the JSON file in that folder.
-        facts: plain values.
+        path: the JSON file in that folder, which is made if it is not there.
+        facts: plain values, or mappings of such.
         what: how errors call the contents, a plural.
+        ignored: dotted paths that may change.
+        write: False for processes that only compare.
 
     Raises:
         CheckpointError: they were begun on other facts.
     """
+    told = to_json(facts, path.stem, indent=1)
     if not path.exists():
-        atomic_write(path, to_json(facts, path.name, indent=1) + "\n")
+        if write:
+            atomic_write(path, told + "\n")
         return
     before = from_json(path.read_bytes()) or {}
-    changed = [key for key, value in facts.items() if before.get(key) != value]
+    changed = [
+        f"{name}: {_shown(old)} before, {_shown(new)} now"
+        for name, old, new in differences(before, json.loads(told), ignored)
+    ]
     if changed:
-        told = "; ".join(f"{key}: {before.get(key)} before, {facts[key]} now" for key in changed)
         raise CheckpointError(
-            f"The {what} in {path.parent} were begun otherwise: {told}. Give another folder."
+            f"The {what} in {path.parent} were begun otherwise: {'; '.join(changed)}. Ask for the "
+            "same as before, or give another folder."
         )
+
+
+def _shown(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 def broken(path: Path, reason: str) -> CheckpointError:

@@ -8,24 +8,22 @@ Xu et al. 2023 (2312.16682); Dong et al. 2024 (2405.07863); Pang et al. 2024 (24
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from alignkit.api import align
 from alignkit.assemble import continued
-from alignkit.atomic import atomic_write
-from alignkit.config import RunConfig, changed_keys, check, to_mapping
+from alignkit.config import NOT_COMPARED, RunConfig, check, to_mapping
 from alignkit.criteria import criterion_of
 from alignkit.draws import generator
-from alignkit.errors import CheckpointError, ConfigError
+from alignkit.errors import ConfigError
 from alignkit.labeller import (
     Labeller,
     check_labels,
+    digest_of,
     nothing_preferred,
     read_prompts,
     write_rows,
@@ -34,7 +32,7 @@ from alignkit.methods import SFT, Method
 from alignkit.options import GenerationOptions, ImageOptions, LoRA, TextOptions, TrainerOptions
 from alignkit.parts import build_wing, modality_of
 from alignkit.protocols import PreferenceJudge, Reward
-from alignkit.records import from_json, to_json
+from alignkit.records import keep_or_refuse
 from alignkit.result import AlignResult
 from alignkit.rows import Row
 from alignkit.runtime import Runtime
@@ -123,9 +121,11 @@ def align_rounds(
         )
     rows = read_prompts(prompts, {} if data_options is None else data_options.columns)
     labeller = Labeller(reward, judge, samples_per_prompt, soft_labels)
-    asked = {**to_mapping(first), **labeller.describe(), "prompts": _digest(rows)}
+    asked = {**to_mapping(first), **labeller.describe(), "prompts": digest_of(rows)}
     runtime = Runtime()
-    _refuse_changes(folder / "rounds.json", asked, write=runtime.is_main)
+    keep_or_refuse(
+        folder / "rounds.json", asked, "rounds", ignored=NOT_COMPARED, write=runtime.is_main
+    )
     for number, config in _phases(first, modality, folder, rounds):
         if runtime.is_main and not Path(config.data).exists():
             _answer(Path(config.data), labeller, config, modality, rows, number)
@@ -173,11 +173,6 @@ def _answer(
     write_rows(place, found)
 
 
-def _digest(rows: Sequence[Row]) -> str:
-    text = json.dumps([row["prompt"] for row in rows], ensure_ascii=False)
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
 def _reference(wanted: str, policy: str | Path, adapter: LoRA | None) -> str:
     if wanted == "round":
         # Of a fresh adapter off, of weights or an adapter that go on a copy: their start.
@@ -193,20 +188,6 @@ def _reference(wanted: str, policy: str | Path, adapter: LoRA | None) -> str:
             "adapter into the policy first, or write reference='round'."
         )
     return "adapter_off"
-
-
-def _refuse_changes(path: Path, asked: Mapping[str, Any], *, write: bool) -> None:
-    """Keep what was asked for; raise `CheckpointError` if it was something else before."""
-    if path.exists():
-        changed = changed_keys(from_json(path.read_bytes()) or {}, asked)
-        if changed:
-            raise CheckpointError(
-                f"The rounds in {path.parent} were started with other arguments: "
-                f"{', '.join(changed)} changed. Use the earlier ones, or another run_dir."
-            )
-    elif write:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        atomic_write(path, to_json(asked, "rounds", indent=1) + "\n")
 
 
 def _check_rounds(policy: Any, rounds: Any) -> None:

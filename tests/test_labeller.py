@@ -10,6 +10,7 @@ from alignkit import (
     ConfigError,
     DataError,
     GenerationOptions,
+    LoRA,
     TrainerOptions,
     align,
     sample_preferences,
@@ -88,6 +89,24 @@ def test_sampling_goes_on_where_it_was_killed(tmp_path, monkeypatch):
     assert list(map(json.loads, lines(killed))) == list(map(json.loads, lines(whole)))
     with pytest.raises(CheckpointError, match="labelled_by"):
         sample("killed", longest)
+
+
+def refuses(words, folder, **change):
+    """Going on in a folder that was begun by `test_sampling_goes_on_only_as_it_was_begun`."""
+    given = {"prompts": PROMPTS[:2], "reward": longest, "generation": SHORT, **change}
+    with pytest.raises(CheckpointError, match=f"begun otherwise: {words}"):
+        sample_preferences(str(CHAT), given.pop("prompts"), out=folder, **given)
+
+
+def test_sampling_goes_on_only_as_it_was_begun(tmp_path):
+    sample_preferences(str(CHAT), PROMPTS[:2], out=tmp_path, reward=longest, generation=SHORT)
+    # As many prompts, but others; the same prompts, but rows that a reward reads otherwise.
+    refuses("prompts: ", tmp_path, prompts=PROMPTS[1:])
+    refuses("prompts: ", tmp_path, prompts=[{"prompt": one, "tag": "x"} for one in PROMPTS[:2]])
+    refuses("generation.max_new_tokens: 8 before, 9 now", tmp_path,
+            generation=GenerationOptions(max_new_tokens=9))  # fmt: skip
+    refuses("adapter: null before", tmp_path, adapter=LoRA(continue_from="elsewhere"))
+    refuses("seed: 0 before, 1 now", tmp_path, seed=1)
 
 
 def test_what_cannot_be_ranked_is_told(tmp_path):

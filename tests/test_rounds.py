@@ -258,7 +258,9 @@ def test_prompts_are_rows_that_the_reward_sees(policy: Path, tmp_path: Path) -> 
 def test_rounds_that_were_asked_for_otherwise(
     change: Any, words: str, policy: Path, done: Path
 ) -> None:
-    with pytest.raises(CheckpointError, match=rf"other arguments: {words} changed"):
+    with pytest.raises(
+        CheckpointError, match=rf"rounds in .* were begun otherwise: {words}: .* before, .* now"
+    ):
         run(policy, done, **change)
 
 
