@@ -44,7 +44,8 @@ def sources_of(
 
     def held_out(data: Any) -> RowSource:
         rows, draws = examples(*evaluated(config, data, options)), options.eval_draws
-        rows = rows if draws == 1 else Repeated(rows, draws)
+        # Of a mixture, too, every held-out row is seen, and as often as any other.
+        rows = Repeated(rows, draws) if draws > 1 or getattr(rows, "parts", ()) else rows
         together = {**common, "batch_size": config.trainer.batch_size * draws}
         return RowSource(rows, epochs=1, shuffle=False, **together)
 
@@ -104,13 +105,15 @@ def check_data(config: RunConfig, modality: str) -> None:
     """Refuse what cannot be done with the data as they are given, before weights are loaded.
 
     Raises:
-        ConfigError: an endless run, or a mixture of images.
+        ConfigError: an endless run, or scores beside a mixture of images.
     """
     if modality != "text":
-        if isinstance(config.data, Mixture):
+        options = resolve_data_options(config, modality)
+        if isinstance(config.data, Mixture) and getattr(options, "labels", None) is not None:
             raise ConfigError(
-                "Mixtures are for text; the policy is of modality 'image'. Put the rows into one "
-                "folder, or give one set."
+                "data_options.labels names the scores of one data set, and data is a mixture of "
+                "several. Give one set; or leave data_options.labels out, and say in the rows "
+                "of each set which image is chosen."
             )
         return
     options = resolve_data_options(config, modality, TextOptions())

@@ -177,8 +177,8 @@ class Labels:
         self.labels = labels
         if given is None:
             given = (name for label in labels for name in label.numbers)
-        self._given = set(given)
-        self._scored = any(label.score for label in labels) if scored is None else scored
+        self.given = set(given)
+        self.scored = any(label.score for label in labels) if scored is None else scored
 
     def batch(self, content: Any, indices: Sequence[int]) -> Batch:
         """The batch of the given rows, whose answers `content` holds in the same order."""
@@ -189,7 +189,7 @@ class Labels:
             name: torch.tensor(
                 [label.numbers.get(name, _NEUTRAL[name]) for label in labels], dtype=torch.float32
             )
-            for name in self._given
+            for name in self.given
         }
         desirable = [label.desirable for label in labels if label.desirable is not None]
         return Batch(
@@ -198,7 +198,7 @@ class Labels:
             rank=torch.tensor([r for label in labels for r in label.rank], dtype=torch.int64),
             position=torch.arange(len(labels)),
             row_id=torch.tensor([self.rows[index] for index in indices], dtype=torch.int64),
-            score=torch.tensor([s for row in scores for s in row]) if self._scored else None,
+            score=torch.tensor([s for row in scores for s in row]) if self.scored else None,
             desirable=torch.tensor(desirable, dtype=torch.bool) if desirable else None,
             **columns,
         )

@@ -52,6 +52,11 @@ class Mixture:
         ]
 
 
+def first_set(data: Any) -> Any:
+    """The first set of a mixture; anything else as it is."""
+    return data.entries()[0][1] if isinstance(data, Mixture) else data
+
+
 def _is_place(data: Any) -> bool:
     return isinstance(data, str) or hasattr(data, "__fspath__")
 

@@ -43,6 +43,7 @@ _PANELS: Mapping[str, tuple[str, ...]] = {
     "Reward margin": ("rewards/margins",),
     "Reward accuracy": ("rewards/accuracies",),
     "Accuracy by timestep": ("accuracy/",),
+    "Loss by timestep": ("loss/",),
     "Log-ratio to the reference": ("log_ratio/chosen", "log_ratio/rejected"),
     "Denoising error above the reference's": ("error/chosen", "error/rejected"),
     "Length of samples in tokens": (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import torch
 
 from alignkit.columns import check_kind
+from alignkit.mixtures import Mixture
 from alignkit.options import ImageOptions
 from alignkit_diffusion.autoencoder import Autoencoder
 from alignkit_diffusion.cache.build import Builder
@@ -58,7 +60,7 @@ def cache_images(
 
     Args:
         pipeline: a diffusers folder, a hub name, or a pipeline in memory.
-        data: image rows, as `align` takes them.
+        data: image rows, as `align` takes them, or a mixture of such.
         options: those of the runs to come; `cache` says where, None is "auto".
         kind: of the rows: "pairs", "groups" or "unpaired".
         precision, whole: of the runs to come: "fp32", "bf16" or "fp16", and whether they train the
@@ -76,27 +78,32 @@ def cache_images(
     factor = autoencoder.factor
     native, unit = min(native_size(loaded.pipe, factor)), factor_of(loaded.pipe, factor)
     given = ImageOptions(cache="auto") if options is None else options
-    builder = Builder(
-        data,
-        checked(given, native, unit),
-        kind=kind,
-        parts=loaded.parts,
-        family=loaded.family,
-        autoencoder=autoencoder,
-        device=place,
-    )
-    damaged = builder.verify() if verify else 0
-    found = builder.run()
+    sets = [one for _, one, _ in data.entries()] if isinstance(data, Mixture) else [data]
+    damaged, found, skipped = 0, [], Counter[str]()
+    for number, one in enumerate(sets):
+        builder = Builder(
+            one,
+            checked(given, native, unit),
+            kind=kind,
+            parts=loaded.parts,
+            family=loaded.family,
+            autoencoder=autoencoder,
+            device=place,
+        )
+        damaged += builder.verify() if verify and number == 0 else 0
+        found.append(builder.run())
+        skipped.update(found[-1].skipped)
     if loaded.borrowed is not None:
         loaded.give_back()
+    table = RowTable.joined([one.table for one in found])
     return CachedImages(
         folder=builder.root,
-        rows=len(found.table),
-        images=_distinct(found.table),
-        prompts=len(found.table.prompts),
-        encoded=found.latents.encoded,
+        rows=len(table),
+        images=_distinct(table),
+        prompts=len(table.prompts),
+        encoded=sum(one.latents.encoded for one in found),
         damaged=damaged,
-        skipped=found.skipped,
+        skipped=dict(skipped),
     )
 
 

@@ -69,6 +69,19 @@ class ImageContent:
             prompts=self.prompts.select(groups),
         )
 
+    @classmethod
+    def joined(cls, parts: Sequence[ImageContent]) -> ImageContent:
+        """The groups of all parts, one after the other."""
+        if len(parts) == 1:
+            return parts[0]
+        pooled = [part.prompts.pooled for part in parts if part.prompts.pooled is not None]
+        hidden = torch.cat([part.prompts.hidden for part in parts])
+        return cls(
+            latents=tuple(one for part in parts for one in part.latents),
+            geometry=torch.cat([part.geometry for part in parts]),
+            prompts=PromptEmbeddings(hidden, torch.cat(pooled) if pooled else None),
+        )
+
     def recombine(self, groups: Sequence[int], answers: Sequence[int]) -> ImageContent:
         """Groups of one: the prompt of `groups[i]` with the image `answers[i]`, whosever it is.
 

@@ -37,6 +37,7 @@ class ImageExamples:
 
     Attributes:
         skipped: reason -> rows left out by the options.
+        first: what the numbers of its rows begin at, in a mixture.
     """
 
     def __init__(
@@ -48,10 +49,12 @@ class ImageExamples:
         *,
         seed: int,
         skipped: Mapping[str, int],
+        first: int = 0,
     ) -> None:
         self.skipped = dict(skipped)
         self.table = table
-        self.labels = table.labels()
+        self.first = first
+        self.labels = table.labels(first)
         self._latents = latents
         self._prompts = prompts
         self._options = options
@@ -61,12 +64,25 @@ class ImageExamples:
     def __len__(self) -> int:
         return len(self.table)
 
+    @property
+    def end(self) -> int:
+        """What the numbers of rows behind these begin at."""
+        return self.first + (self.table.number(len(self) - 1) + 1 if len(self) else 0)
+
     def collate(self, indices: Sequence[int], epochs: Sequence[int]) -> Batch:
         """The given rows as a batch; of a tied pair both ranks are 0."""
+        return self.labels.batch(self.content(indices, epochs), indices)
+
+    def prompt(self, index: int) -> str:
+        """A row's prompt."""
+        return self.table.prompt(index)
+
+    def content(self, indices: Sequence[int], epochs: Sequence[int]) -> ImageContent:
+        """What the UNet reads of the given rows."""
         prompts: list[str | None] = []
         latents, geometry = [], []
         for index, epoch in zip(indices, epochs, strict=True):
-            number = self.table.number(index)
+            number = self.first + self.table.number(index)
             dropped = self._drops_caption(number, epoch)
             prompts.append(None if dropped else self.table.prompt(index))
             augmentation = self._geometry.augmentation(self._seed, epoch, number)
@@ -75,18 +91,17 @@ class ImageExamples:
             for place, (picture, placement) in enumerate(zip(pictures, placements, strict=True)):
                 latents.append(self._latent(picture, placement, epoch, number, place))
                 geometry.append(placement.time_ids())
-        content = ImageContent(
+        return ImageContent(
             tuple(latents),
             torch.tensor(geometry, dtype=torch.float32).reshape(len(latents), 6),
             self._prompts.look_up(prompts),
         )
-        return self.labels.batch(content, indices)
 
     def fingerprint(self) -> str:
         return self.table.fingerprint()
 
     def mismatched(self, indices: Sequence[int]) -> list[int]:
-        return self.labels.mismatched(indices, [self.table.prompt(index) for index in indices])
+        return self.labels.mismatched(indices, [self.prompt(index) for index in indices])
 
     def _latent(
         self, picture: Picture, placement: Placement, epoch: int, row: int, place: int
@@ -114,12 +129,18 @@ def prepare_examples(
     autoencoder: Autoencoder,
     device: torch.device,
     seed: int,
+    first: int = 0,
+    may_be_empty: bool = False,
 ) -> ImageExamples:
     """Read, check and encode image rows.
 
     Without random crops every image is encoded here, and the VAE is done; with them, a variant is
     encoded when its epoch first needs it. With a cache that holds them, neither VAE nor text
     encoders are loaded.
+
+    Args:
+        first: what the numbers of the rows begin at.
+        may_be_empty: let there be no usable row.
 
     Raises:
         ConfigError: a renamed column is not one of image rows.
@@ -142,7 +163,6 @@ def prepare_examples(
         skipped = {**cached.skipped, **left_out}
         name = str(data) if isinstance(data, str | Path) else f"the given {type(data).__name__}"
         warn_of_skipped(name, skipped)
-        refuse_empty(table, name, skipped)
     else:
         opened = open_rows(data, options, kind)
         limit, spread = None if fixed else AUGMENTED_BYTES, options.latents == "sample"
@@ -150,9 +170,12 @@ def prepare_examples(
         sieve = Sieve(opened, options.on_bad_row)
         table = RowTable.of(scan(opened, kind, options, sieve, latents))
         sieve.warn()
-        skipped = dict(sieve.skipped)
-        refuse_empty(table, opened.name, skipped)
+        name, skipped = opened.name, dict(sieve.skipped)
         prompts = PromptTable(parts, family, table.prompts, device)
+    if not may_be_empty:
+        refuse_empty(table, name, skipped)
     if fixed:
         autoencoder.release()
-    return ImageExamples(table, latents, prompts, options, seed=seed, skipped=skipped)
+    return ImageExamples(
+        *(table, latents, prompts, options), seed=seed, skipped=skipped, first=first
+    )

@@ -156,11 +156,11 @@ class RowTable:
             numbers={name: value for name, value in numbers.items() if not np.isnan(value)},
         )
 
-    def labels(self) -> Labels:
-        """The labels of all rows."""
+    def labels(self, first: int = 0) -> Labels:
+        """The labels of all rows, whose numbers begin at `first`."""
         given = [name for name in NUMBERS if not np.isnan(self.columns[name]).all()]
         scored = not bool(np.isnan(self.columns["score"]).all())
-        return Labels(_Numbers(self), _Labels(self), given=given, scored=scored)
+        return Labels(_Numbers(self, first), _Labels(self), given=given, scored=scored)
 
     def fingerprint(self) -> str:
         """A digest of all rows."""
@@ -190,8 +190,9 @@ def _numbered(names: Iterable[str]) -> dict[str, int]:
 
 
 class _Numbers(Sequence[int]):
-    def __init__(self, table: RowTable) -> None:
+    def __init__(self, table: RowTable, first: int) -> None:
         self._table = table
+        self._first = first
 
     def __len__(self) -> int:
         return len(self._table)
@@ -202,8 +203,8 @@ class _Numbers(Sequence[int]):
     def __getitem__(self, index: slice) -> list[int]: ...
     def __getitem__(self, index: int | slice) -> int | list[int]:
         if isinstance(index, slice):
-            return [int(number) for number in self._table.columns["number"][index]]
-        return self._table.number(index)
+            return [self._first + int(one) for one in self._table.columns["number"][index]]
+        return self._first + self._table.number(index)
 
 
 class _Labels(Sequence[Label]):

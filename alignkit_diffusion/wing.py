@@ -12,16 +12,18 @@ import torch
 
 from alignkit.adapters import active_adapters, adapter_on, adapters_off
 from alignkit.columns import check_kind
+from alignkit.mixtures import first_set
 from alignkit.options import GenerationOptions, ImageOptions, LoRA
 from alignkit.protocols import Wing
 from alignkit_diffusion import lora
 from alignkit_diffusion.autoencoder import Autoencoder
-from alignkit_diffusion.data import ImageExamples, prepare_examples
+from alignkit_diffusion.data import ImageExamples
 from alignkit_diffusion.editing import Editing
 from alignkit_diffusion.generation import sample_images
 from alignkit_diffusion.geometry import checked
 from alignkit_diffusion.kernels import Folding
 from alignkit_diffusion.likelihood import likelihood_of
+from alignkit_diffusion.mixed import MixedImages, prepared
 from alignkit_diffusion.policy import (
     Policy,
     factor_of,
@@ -186,11 +188,11 @@ class ImageWing(Editing):
 
     def examples(
         self, data: Any, options: ImageOptions | None, *, kind: str, seed: int
-    ) -> ImageExamples:
+    ) -> ImageExamples | MixedImages:
         """Read, check and encode image rows; see `data.prepare_examples`.
 
         Args:
-            data: a file, folder, hub name, dataset or list of rows; columns as in `layouts`.
+            data: a file, folder, hub name, dataset, list of rows (see `layouts`) or a mixture.
             options: None takes the wing's default.
             kind: "pairs", "groups", "unpaired" or "supervised".
             seed: of augmentation.
@@ -199,10 +201,10 @@ class ImageWing(Editing):
             ConfigError: `kind` or the resolution is impossible.
             DataError: the data is missing, or a row is bad and the options do not say "skip".
         """
-        options = self._checked(options)
         check_kind(kind)
+        options = self._checked(options)
         self._resolution = options.resolution
-        return prepare_examples(
+        return prepared(
             data,
             options,
             kind=kind,
@@ -214,9 +216,9 @@ class ImageWing(Editing):
         )
 
     def prompts(self, data: Any, options: ImageOptions | None, limit: int) -> list[str]:
-        """The first `limit` distinct prompts of the data."""
-        read = self._checked(options)
-        return distinct_prompts(open_rows(data, read), read, limit)
+        """The first `limit` distinct prompts of the data; of a mixture, of its first set."""
+        options = self._checked(options)
+        return distinct_prompts(open_rows(first_set(data), options), options, limit)
 
     def sample(self, prompts: Sequence[str], options: GenerationOptions, *, seed: int) -> list[Any]:
         """One PIL image per prompt, keyed by (seed, its place); see `generation.sample_images`."""
@@ -285,8 +287,7 @@ class ImageWing(Editing):
             weights: None; an image policy is never sharded.
         """
         assert weights is None, "an image policy is never sharded"
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
+        Path(folder).mkdir(parents=True, exist_ok=True)
         name = lora.adapter_name(self._pipe.unet)
         if name is None:
             self.policy.save_pretrained(folder, safe_serialization=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 from torch import Tensor
@@ -31,12 +32,28 @@ def by_stratum(backend: Any, micro: Micro, kind: Kind, beta: float, scored: Any)
     """accuracy/NAME of each stratum that the draws of a held-out piece are from."""
     if not isinstance(backend, DrawsInStrata):
         return {}
-    names, place = backend.strata(micro.batch, micro.key)
     weight: Tensor = scored.weight
-    place = place.to(weight.device)
     found = {}
-    for number, name in enumerate(names):
-        metrics = kind.metrics(scored.scores, beta, weight * (place == number))
+    for name, inside in _strata(backend, micro, weight):
+        metrics = kind.metrics(scored.scores, beta, weight * inside)
         if ACCURACY in metrics:
             found[f"accuracy/{name}"] = metrics[ACCURACY]
     return found
+
+
+def losses_by_stratum(backend: Any, micro: Micro, losses: Tensor, weight: Tensor) -> Metrics:
+    """loss/NAME of each stratum: the mean of the rows' losses (G,), by their weights (G,)."""
+    if not isinstance(backend, DrawsInStrata):
+        return {}
+    return {
+        f"loss/{name}": ((losses * weight * inside).sum(), (weight * inside).sum())
+        for name, inside in _strata(backend, micro, weight)
+    }
+
+
+def _strata(backend: DrawsInStrata, micro: Micro, like: Tensor) -> Iterator[tuple[str, Tensor]]:
+    """Of each stratum its name, and (G,) which groups' draws are from it."""
+    names, place = backend.strata(micro.batch, micro.key)
+    place = place.to(like.device)
+    for number, name in enumerate(names):
+        yield name, place == number

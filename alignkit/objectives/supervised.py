@@ -20,6 +20,7 @@ from alignkit.batches import Batch, Likelihood, Metrics
 from alignkit.losses import SupervisedLoss
 from alignkit.objectives.modifiers import ROUTER
 from alignkit.objectives.pieces import Micro, present
+from alignkit.objectives.strata import losses_by_stratum
 from alignkit.protocols import Backend, Trainable
 
 _NOTHING: frozenset[str] = frozenset()
@@ -125,12 +126,16 @@ class SupervisedObjective:
 
     @torch.no_grad()
     def evaluate(self, micro: Micro) -> Metrics:
-        """The negative log-likelihood per token of held-out rows, whatever loss is trained."""
+        """The negative log-likelihood per token of held-out rows, whatever loss is trained; of
+        likelihoods that are errors at drawn places also by stratum.
+        """
         found = self._likelihood(micro, _ACCURACY if self.tokens else _NOTHING)
         weight = _weight(micro.batch, found)
         nll, count = self._nll(found, weight)
         if not self.tokens:
-            return {"loss": (nll, count)}
+            errors = -self.scale * found.total.double()
+            strata = losses_by_stratum(self.backend, micro, errors, weight)
+            return {"loss": (nll, count), **strata}
         correct = (found.extras["correct"].double() * weight).sum()
         return {"loss": (nll, count), "token_accuracy": (correct, count)}
 

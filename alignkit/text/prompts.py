@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from alignkit.columns import BadRow
-from alignkit.mixtures import Mixture
+from alignkit.mixtures import first_set
 from alignkit.options import TextOptions
 from alignkit.rows import read_rows
 from alignkit.stream import is_streamed, open_stream
@@ -19,8 +19,7 @@ from alignkit.text.layouts import Layout, recognise
 
 def distinct_prompts(data: Any, tokenizer: Any, options: TextOptions, limit: int) -> list[Any]:
     """The first `limit` distinct prompts; of a mixture, of its first set."""
-    if isinstance(data, Mixture):
-        data = data.entries()[0][1]
+    data = first_set(data)
     streamed = is_streamed(data, options.streaming)
     rows = (open_stream if streamed else read_rows)(data, columns=options.columns)
     chat = bool(getattr(tokenizer, "chat_template", None))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 
 from alignkit import SFT, ConfigError, DataError, ImageOptions, LoRA, TrainerOptions, build
+from alignkit.bank import Repeated
 from alignkit.losses import SUPERVISED_LOSSES
 from alignkit.objectives.supervised import SupervisedObjective
 from alignkit_diffusion.wing import build as build_wing
@@ -91,6 +93,35 @@ def test_the_chosen_image_of_a_pair_is_learned() -> None:
         latents([{**pair, "margin": 1.0}])
 
 
+@torch.no_grad()
+def test_held_out_images_have_a_loss_by_timestep() -> None:
+    """One row at four draws, one in each quarter: each is the plain error there, and the loss
+    their mean."""
+    pipe = make_pipeline()
+    wing = build_wing(pipe, adapter=None, **BUILD)
+    made = {"tokens": False, "scale": 2.0}
+    objective = SupervisedObjective(wing.backend, SUPERVISED_LOSSES["nll"], **made)
+    examples = wing.examples(demonstrations()[:1], None, kind="supervised", seed=0)
+    batch = Repeated(examples, 4).collate(range(4), [0] * 4)
+    (micro,) = objective.micro_batches(batch, 0)
+    found = {
+        name: float(total / count) for name, (total, count) in objective.evaluate(micro).items()
+    }
+    draw = wing.backend.draw(batch, (0, 0))
+    single = examples.collate([0], [0])
+    expected = [
+        by_diffusers(
+            pipe,
+            single,
+            replace(draw, timesteps=draw.timesteps[k : k + 1], noise=draw.noise[k : k + 1]),
+        )
+        for k in range(4)
+    ]
+    assert list(found) == ["loss", *(f"loss/t{250 * k}-{250 * (k + 1)}" for k in range(4))]
+    assert list(found.values())[1:] == pytest.approx(expected, rel=1e-5)
+    assert found["loss"] == pytest.approx(sum(expected) / 4, rel=1e-5)
+
+
 def play(folder: Path, steps: int, **arguments: Any) -> Any:
     run = build(
         make_pipeline(),
@@ -116,7 +147,8 @@ def test_a_low_rank_adapter_trains_saves_and_resumes_bit_exactly(tmp_path: Path)
     resumed = play(tmp_path / "stopped", 5, adapter=LoRA(rank=2))
     lines = [[line | {"seconds": 0} for line in run.history] for run in (whole, resumed)]
     assert lines[0] == lines[1] and len(lines[0]) == 4
-    assert lines[0][-1]["eval/loss"] > 0 and "eval/perplexity" not in lines[0][-1]
+    assert lines[0][-1]["eval/loss"] > lines[0][-1]["eval/loss/t750-1000"] > 0
+    assert "eval/perplexity" not in lines[0][-1]
     whole.finish()
     pipe = make_pipeline()
     pipe.load_lora_weights(tmp_path / "whole" / "model")
