@@ -144,6 +144,10 @@ class TextOptions:
             and sorts a batch by length so that little is padded; "none" pads in the data's order.
             All give the same numbers. "auto" is "prefix" where the model passes a trial at start,
             else padded, sorted where micro_batch is "auto".
+        attention: what computes packed rows: "varlen" (FlashAttention or cuDNN by lengths), "flex"
+            (flex attention with a mask by blocks), both for GPUs and not run on real hardware;
+            "plain" is torch's attention sequence by sequence, on CPUs its flash kernel. "auto" is
+            the first of them that passes a trial at start.
         on_bad_row: what happens to rows that cannot be used: "error", or "skip" (counted).
         identical_pairs: pairs whose two answers are the same teach nothing; skipped and counted.
         streaming: rows are read and tokenised while the model trains, so that they need not fit
@@ -156,6 +160,7 @@ class TextOptions:
     max_length: int = 1024
     truncation: Literal["keep_start", "keep_end", "error", "split"] = "keep_start"
     packing: Literal["auto", "prefix", "varlen", "bucket", "none"] = "auto"
+    attention: Literal["auto", "varlen", "flex", "plain"] = "auto"
     on_bad_row: BadRow = "error"
     identical_pairs: Identical = "skip"
     streaming: bool | Literal["auto"] = "auto"
@@ -164,6 +169,11 @@ class TextOptions:
 
     def __post_init__(self) -> None:
         positive("data_options", max_length=self.max_length, shuffle_buffer=self.shuffle_buffer)
+        if self.attention != "auto" and self.packing in ("bucket", "none"):
+            raise ConfigError(
+                f"data_options.attention={self.attention!r} computes packed rows, and "
+                f"packing={self.packing!r} pads them. Leave one of them out."
+            )
         object.__setattr__(self, "columns", MappingProxyType(dict(self.columns)))
 
     def held_out(self) -> TextOptions:

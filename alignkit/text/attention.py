@@ -12,21 +12,38 @@ sequences' own squares, not with the square of the row.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from alignkit.text.flash import SharedPrompt
-from alignkit.text.masks import PackedMask, masked
+from alignkit.text.kernels import KERNELS, PLAIN, Call
+from alignkit.text.masks import PackedMask
 from alignkit.text.packing import Group
 
 IMPLEMENTATION = "alignkit_packed"
 
-_ROW: ContextVar[tuple[Group, ...] | None] = ContextVar("packed_row", default=None)
+
+@dataclass(frozen=True)
+class Row:
+    """The packed row that is computed at the moment.
+
+    Attributes:
+        groups: its sequences.
+        kernels: names of what computes it: the first that takes a layer's call.
+        calls: where each layer's attention is noted, if anybody asks.
+    """
+
+    groups: tuple[Group, ...]
+    kernels: tuple[str, ...] = PLAIN
+    calls: list[Call] | None = None
+
+
+_ROW: ContextVar[Row | None] = ContextVar("packed_row", default=None)
 
 
 class NotPackable(Exception):
@@ -43,11 +60,11 @@ def packed_mask(
     """What transformers calls to make the mask of one kind of layers."""
     from transformers.masking_utils import causal_mask_function
 
-    groups = _ROW.get()
-    assert groups is not None, "a packed attention outside of a packed row"
+    row = _ROW.get()
+    assert row is not None, "a packed attention outside of a packed row"
     if use_vmap or (local_size is None and mask_function is not causal_mask_function):
         raise NotPackable("its layers use a mask of their own beside a causal or sliding one")
-    return PackedMask(groups, mask_function, local_size)
+    return PackedMask(row.groups, mask_function, local_size, row.kernels, row.calls)
 
 
 _HARMLESS = frozenset({"position_ids", "cache_position", "attention_mask"})
@@ -75,9 +92,6 @@ def packed_attention(
     if torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
         query, key, value = (tensor.to(dtype) for tensor in (query, key, value))
-    if key.shape[1] != query.shape[1]:
-        repeats = query.shape[1] // key.shape[1]
-        key, value = (_repeat(tensor, repeats) for tensor in (key, value))
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     out = _attend(query, key, value, attention_mask, scale, softcap)
     return out.transpose(1, 2), None
@@ -93,22 +107,14 @@ def _attend(
     softcap: float | None,
 ) -> Tensor:
     """Out of reach of the compiler, which would compile anew for every row of other lengths."""
-    plain = softcap is None and mask.reach is None and value.shape == query.shape
-    kernel = KERNELS.get(query.device.type)
-    if plain and kernel is not None:
-        return kernel(query, key, value, tuple(mask.groups), scale)
-    return masked(query, key, value, mask, scale, softcap)
-
-
-KERNELS: Mapping[str, Callable[..., Tensor]] = {"cpu": SharedPrompt.apply}
-"""Device -> what computes plain causal rows there; elsewhere it is done sequence by sequence."""
-
-
-def _repeat(tensor: Tensor, repeats: int) -> Tensor:
-    """Grouped-query attention: every key head serves so many query heads."""
-    rows, heads, length, size = tensor.shape
-    tensor = tensor[:, :, None].expand(rows, heads, repeats, length, size)
-    return tensor.reshape(rows, heads * repeats, length, size)
+    heads, sizes = (query.shape[1], key.shape[1]), (query.shape[-1], value.shape[-1])
+    call = Call(mask, heads, sizes, scale, softcap, query.dtype, query.device)
+    if mask.calls is not None:
+        mask.calls.append(call)
+    for name in mask.kernels:
+        if KERNELS[name].takes(call):
+            return KERNELS[name].run(query, key, value, call)
+    raise NotPackable(f"{' and '.join(mask.kernels)} attention does not compute {call}")
 
 
 def configs_of(model: nn.Module) -> list[Any]:
@@ -118,10 +124,10 @@ def configs_of(model: nn.Module) -> list[Any]:
 
 
 @contextmanager
-def packed(configs: Sequence[Any], groups: tuple[Group, ...]) -> Iterator[None]:
+def packed(configs: Sequence[Any], row: Row) -> Iterator[None]:
     """The models of these configs compute a packed row."""
     _register()
-    token = _ROW.set(groups)
+    token = _ROW.set(row)
     try:
         with _named(configs, IMPLEMENTATION):
             yield

@@ -11,6 +11,7 @@ from torch import nn
 from alignkit.batches import Batch
 from alignkit.errors import ConfigError
 from alignkit.protocols import Key
+from alignkit.text.kernels import PLAIN, Call, chosen
 from alignkit.text.module import TextModule
 from alignkit.text.noise import EmbeddingNoise
 from alignkit.text.packing import PACKED, positions_of
@@ -28,6 +29,7 @@ class TextBackend:
     Attributes:
         module: the policy's likelihood module, wrapped or not.
         layout: how batches are computed: "padded", or a packed layout.
+        kernels: names of what computes the attention of packed rows, in order.
         by_length: whether padded micro-batches are made of groups of like length: always, never
             (False), or where their size is "auto", too (None).
         beside: likelihood modules that compute the same batches, such as a reference's.
@@ -37,10 +39,12 @@ class TextBackend:
     def __init__(self, module: nn.Module) -> None:
         self.module: nn.Module = module
         self.layout = "padded"
+        self.kernels: tuple[str, ...] = PLAIN
         self.by_length: bool | None = None
         self.beside: list[nn.Module] = []
         self.neftune_alpha: float | None = None
         self._obstacles: dict[str, str | None] = {}
+        self._calls: list[Call] = []
 
     def draw(self, batch: Batch, key: Key) -> EmbeddingNoise | None:
         """The noise of a training step; an evaluation, whose step is 0, has none."""
@@ -48,13 +52,13 @@ class TextBackend:
             return None
         return EmbeddingNoise.of(self.neftune_alpha, batch, key)
 
-    def choose(self, packing: str) -> None:
-        """Take up `TextOptions.packing`: "auto" is "prefix" where the models allow it.
+    def choose(self, packing: str, attention: str = "auto") -> None:
+        """Take up `TextOptions.packing` and `attention`, as far as the models allow.
 
         All processes call it alike: sharded weights come together for the trial.
 
         Raises:
-            ConfigError: if a packed layout is asked for by name and the models do not allow it.
+            ConfigError: if something that is asked for by name is not allowed.
         """
         self.layout, self.by_length = "padded", {"bucket": True, "none": False}.get(packing)
         if packing in ("bucket", "none"):
@@ -63,6 +67,7 @@ class TextBackend:
         reason = self._obstacle(wanted)
         if reason is None:
             self.layout = wanted
+            self._attend_by(attention)
         elif packing == "auto":
             log.warning("Answers are padded and not packed: %s", reason)
         else:
@@ -74,11 +79,34 @@ class TextBackend:
     def _obstacle(self, layout: str) -> str | None:
         """Why the models cannot compute a layout, or None; found by trying, once."""
         if layout not in self._obstacles:
-            held = [getattr(m, "module", m) for m in (self.module, *self.beside)]  # DDP's inside
-            modules = [module for module in held if isinstance(module, TextModule)]
-            found = (obstacle(module, layout) for module in modules)
+            found = (obstacle(module, layout, self._calls) for module in self._modules())
             self._obstacles[layout] = next((reason for reason in found if reason), None)
         return self._obstacles[layout]
+
+    def facts(self) -> dict[str, str]:
+        """How answers are computed, for the report."""
+        told = {"layout of answers": self.layout}
+        if self.layout in PACKED:
+            told["attention over packed rows"] = ", ".join(self.kernels)
+        return told
+
+    def _modules(self) -> list[TextModule]:
+        held = [getattr(m, "module", m) for m in (self.module, *self.beside)]  # DDP's inside
+        return [module for module in held if isinstance(module, TextModule)]
+
+    def _attend_by(self, attention: str) -> None:
+        """Policy and reference by the same kernels, so that equal weights give equal numbers."""
+        self.kernels, refused = chosen(attention, self._calls)
+        told = "; ".join(f"{name}: {reason}" for name, reason in refused.items())
+        if refused and attention != "auto":
+            raise ConfigError(
+                f"data_options.attention={attention!r} cannot compute this run's packed rows: "
+                f"{told}. Write attention='auto'."
+            )
+        if refused:
+            log.info("Packed rows are computed by %s (%s).", ", ".join(self.kernels), told)
+        for module in self._modules():
+            module.kernels = self.kernels
 
     def split(self, batch: Batch, budget: int | str) -> list[Batch]:
         """Micro-batches of at most `budget` groups; "auto": of at most `AUTO_TOKENS` positions."""

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
+from functools import cached_property
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn.attention.bias import causal_lower_right
 
 from alignkit.text.packing import Group, spans
+
+Made = TypeVar("Made")
 
 
 class PackedMask:
@@ -19,24 +23,58 @@ class PackedMask:
         pattern: transformers' mask function of a sequence that stands alone: (batch, head, query
             positions, key positions) -> bool.
         reach: how many positions back it sees; None is all.
+        kernels: names of what computes the row, in order (kernels.py).
+        calls: where each layer's attention is noted, if anybody asks.
     """
 
     def __init__(
-        self, groups: Sequence[Group], pattern: Callable[..., Tensor], reach: int | None
+        self,
+        groups: Sequence[Group],
+        pattern: Callable[..., Tensor],
+        reach: int | None,
+        kernels: Sequence[str] = (),
+        calls: list[Any] | None = None,
     ) -> None:
         self.groups = groups
         self.pattern = pattern
-        longest = max(group.longest for group in groups)
-        self.reach = None if reach is not None and reach >= longest else reach
-        self._made: dict[tuple[int, int, int], Tensor] = {}
+        self.longest = max(group.longest for group in groups)
+        self.reach = None if reach is not None and reach >= self.longest else reach
+        self.kernels = kernels
+        self.calls = calls
+        self._made: dict[Hashable, Any] = {}
+
+    @cached_property
+    def slides(self) -> bool:
+        """Whether each token sees itself and the `reach` - 1 before it: not so in chunks."""
+        if self.reach is None:
+            return False
+        query = torch.arange(self.longest)[:, None]
+        key = query + torch.tensor([-self.reach, 1 - self.reach, 0, 1])
+        seen = self.pattern(0, 0, query, key)
+        wanted = (key > query - self.reach) & (key <= query)
+        return bool(((seen == wanted) | (key < 0)).all())
+
+    def made(self, key: Hashable, make: Callable[[], Made]) -> Made:
+        """What layers share: made by the first, found by those after it."""
+        if key not in self._made:
+            self._made[key] = make()
+        found: Made = self._made[key]
+        return found
 
     def between(self, begin: int, length: int, first: int, device: torch.device) -> Tensor:
         """(length, begin + length - first) bool: queries from `begin` on, keys from `first` on."""
-        key = (begin, length, first)
-        if key not in self._made:
+
+        def make() -> Tensor:
             places = torch.arange(first, begin + length, device=device)
-            self._made[key] = self.pattern(0, 0, places[begin - first :, None], places[None])
-        return self._made[key]
+            return self.pattern(0, 0, places[begin - first :, None], places[None])
+
+        return self.made((begin, length, first), make)
+
+
+def repeated(query: Tensor, tensor: Tensor) -> Tensor:
+    """Grouped-query attention: every key head serves so many query heads."""
+    repeats = query.shape[1] // tensor.shape[1]
+    return tensor if repeats == 1 else tensor.repeat_interleave(repeats, 1)
 
 
 def masked(
@@ -48,6 +86,7 @@ def masked(
     softcap: float | None,
 ) -> Tensor:
     """Sequence by sequence with an explicit mask: any pattern, any device."""
+    key, value = repeated(query, key), repeated(query, value)
     parts = []
     for group in mask.groups:
         prompt, _, each = spans(group)

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from alignkit.batches import Batch
-from alignkit.text.attention import configs_of, packed
+from alignkit.text.attention import Row, configs_of, packed
 from alignkit.text.content import TextContent
 from alignkit.text.handed import base_of
+from alignkit.text.kernels import PLAIN, Call
 from alignkit.text.packing import Layout, Placed
 
 Answer = TypeVar("Answer")
@@ -25,12 +26,18 @@ class TextModule(nn.Module):
     Args:
         model: a `PreTrainedModel` or `PeftModel`.
         autocast: the dtype to compute in, or None for the weights' own.
+
+    Attributes:
+        kernels: names of what computes the attention of packed rows.
+        calls: where layers' attention is noted, if anybody asks.
     """
 
     def __init__(self, model: nn.Module, *, autocast: torch.dtype | None = None) -> None:
         super().__init__()
         self.model = model
         self.autocast = autocast
+        self.kernels: tuple[str, ...] = PLAIN
+        self.calls: list[Call] | None = None
         forward = inspect.signature(base_of(model).forward)
         self.takes_positions = "position_ids" in forward.parameters
         self.train(False)
@@ -61,7 +68,8 @@ class TextModule(nn.Module):
 
     def _attention(self, rows: Placed) -> AbstractContextManager[None]:
         groups = rows.host.groups
-        return packed(self.configs, groups) if groups else nullcontext()
+        row = Row(groups, self.kernels, self.calls)
+        return packed(self.configs, row) if groups else nullcontext()
 
     def _autocast(self, device: torch.device) -> AbstractContextManager[Any]:
         if self.autocast is None:

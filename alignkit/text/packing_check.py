@@ -6,6 +6,8 @@ row, experts with a capacity count its tokens: all of them show in the numbers o
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 
 import numpy as np
@@ -15,6 +17,7 @@ from alignkit.batches import Batch
 from alignkit.text.attention import NotPackable
 from alignkit.text.content import TextContent
 from alignkit.text.handed import base_of, max_positions, uncompiled
+from alignkit.text.kernels import PLAIN, Call
 from alignkit.text.module import TextModule
 
 TOLERANCE = 1e-5
@@ -26,14 +29,18 @@ WINDOW = 48
 
 
 @torch.no_grad()
-def obstacle(module: TextModule, layout: str) -> str | None:
-    """Why the module cannot compute the layout, or None."""
+def obstacle(module: TextModule, layout: str, calls: list[Call]) -> str | None:
+    """Why the module cannot compute the layout, or None; and into `calls`, its layers' attention.
+
+    The row is computed plainly here. Other kernels are tried by themselves (kernels.py).
+    """
     if not module.takes_positions:
         return f"{_name(module)} takes no position_ids, so that answers cannot follow a prompt."
     batch = _sample(module)
     expected = _numbers(module, batch, "padded")
     try:
-        found = _numbers(module, batch, layout)
+        with _plainly(module, calls):
+            found = _numbers(module, batch, layout)
     except NotPackable as reason:
         return f"{_name(module)} cannot: {reason}."
     except Exception as error:
@@ -47,6 +54,17 @@ def obstacle(module: TextModule, layout: str) -> str | None:
     return (
         f"a token's output in {_name(module)} depends on what else is in the row (by {apart:.1e})."
     )
+
+
+@contextmanager
+def _plainly(module: TextModule, calls: list[Call]) -> Iterator[None]:
+    """Packed rows by torch's own attention; afterwards `calls` tells what was asked of it."""
+    kept, module.kernels, module.calls = module.kernels, PLAIN, []
+    try:
+        yield
+    finally:
+        found, module.kernels, module.calls = module.calls, kept, None
+        calls += [replace(call, dtype=module.autocast or call.dtype) for call in found]
 
 
 def _name(module: TextModule) -> str:

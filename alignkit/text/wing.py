@@ -154,7 +154,7 @@ class TextWing:
             examples = read_examples(rows, self.tokenizer, options, kind, loss_on, room=room)
         check_fit(self.policy, examples, room)
         self.chat = examples.chat
-        self.backend.choose(options.packing)
+        self.backend.choose(options.packing, options.attention)
         return examples
 
     def stream(
@@ -173,7 +173,7 @@ class TextWing:
         reader = partial(Reader, opened, self.tokenizer, options, kind, loss_on, room)
         found = TextStream(opened, reader, partial(check_fit, self.policy, room=room), first)
         self.chat = (self.chat and first > 0) or found.chat
-        self.backend.choose(options.packing)
+        self.backend.choose(options.packing, options.attention)
         return found
 
     def sample(self, prompts: Sequence[Any], options: GenerationOptions, *, seed: int) -> list[str]:
@@ -227,6 +227,7 @@ class TextWing:
             "trained parameters": sum(p.numel() for p in parameters if p.requires_grad),
             "dtype": str(next(base.parameters()).dtype).removeprefix("torch."),
             "device": str(next(base.parameters()).device),
+            **self.backend.facts(),
             "unit of the log-ratio": "nats, summed over completion tokens",
         }
 
