@@ -21,7 +21,7 @@ from alignkit.errors import (
     DataError,
     NonFiniteError,
 )
-from alignkit.methods import DPO, KTO, SFT, methods
+from alignkit.methods import DPO, KTO, SFT, RejectionSampling, methods
 from alignkit.mixtures import Mixture
 from alignkit.options import (
     EarlyStop,
@@ -77,6 +77,7 @@ __all__ = [
     "NoiseBank",
     "NonFiniteError",
     "PrecomputedReference",
+    "RejectionSampling",
     "Run",
     "ScoreLabels",
     "SheetResult",

@@ -14,9 +14,10 @@ from typing import Any
 from alignkit.assemble import assemble
 from alignkit.config import RunConfig, from_file
 from alignkit.errors import ConfigError
-from alignkit.methods import Method
+from alignkit.methods import Method, RejectionSampling
 from alignkit.options import GenerationOptions, ImageOptions, LoRA, TextOptions, TrainerOptions
 from alignkit.parts import modality_of
+from alignkit.rejection import RejectionRun
 from alignkit.result import AlignResult, FinishedRun
 from alignkit.run import Run
 from alignkit.runtime import Runtime
@@ -103,7 +104,7 @@ def align(
 
 def build(
     policy: Any, method: Method | None = None, data: Any = None, **arguments: Any
-) -> Run | FinishedRun:
+) -> Run | FinishedRun | RejectionRun:
     """The run of the same arguments as `align`, loaded and ready, with its loop in the caller's
     hands.
 
@@ -113,7 +114,10 @@ def build(
             break
     result = run.finish()
     """
-    return assemble(config_of(policy, method, data, **arguments))
+    config = config_of(policy, method, data, **arguments)
+    return (
+        RejectionRun(config) if isinstance(config.method, RejectionSampling) else assemble(config)
+    )
 
 
 def config_of(

@@ -6,16 +6,17 @@ The entries are in `references.bib`, found by arXiv number; a loss's table row n
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cache
 from importlib.resources import files
 
 from alignkit.errors import refuse_unknown
 
-_METHODS = {
+_METHODS: Mapping[str, Mapping[str, tuple[str, ...]]] = {
     "dpo": {"text": ("2305.18290",), "image": ("2305.18290", "2311.12908", "2307.01952")},
     "kto": {"text": ("2402.01306",), "image": ("2402.01306", "2404.04465", "2307.01952")},
     "sft": {"text": ("2203.02155",), "image": ("2203.02155", "2112.10752", "2307.01952")},
+    "rejection_sampling": {"text": ("2307.09288", "2304.06767")},
 }
 _OPTIONS = {
     "mixture": "2411.10442",
@@ -46,6 +47,11 @@ def entries() -> dict[str, str]:
 def arxiv_numbers(paper: str) -> list[str]:
     """The arXiv numbers in a line such as "Rafailov et al. 2023, arXiv:2305.18290, Eq. 7"."""
     return re.findall(r"arXiv:(\d{4}\.\d{4,5})", paper)
+
+
+def cited_modalities(method_name: str) -> tuple[str, ...]:
+    """The modalities that a method is for."""
+    return tuple(_METHODS[method_name])
 
 
 def citations(

@@ -34,7 +34,7 @@ TABLES_OF: Mapping[type, tuple[Mapping[str, Loss] | Mapping[str, SupervisedLoss]
 
 def losses_named_by(method: type) -> dict[str, Loss | SupervisedLoss]:
     """Name -> loss, of all that a method may name."""
-    return {name: row for table in TABLES_OF[method] for name, row in table.items()}
+    return {name: row for table in TABLES_OF.get(method, ()) for name, row in table.items()}
 
 
 def criterion_of(method: Preference, modality: str) -> Criterion:
@@ -126,6 +126,8 @@ def describe(method: Method, modality: str) -> dict[str, Any]:
         row = supervised_loss_of(method)
         told = {"loss": row.name, "equation": row.equation, "paper": row.paper}
         return {"name": method.name, **told, **modifiers(method)}
+    if not isinstance(method, Preference):
+        return {"name": method.name, "paper": method.paper, **modifiers(method)}
     criterion = criterion_of(method, modality)
     return {
         "name": method.name,
@@ -154,17 +156,18 @@ def modifiers_of(method: Preference, router: float = 0.0) -> Modifiers:
 
 def named_losses(method: Method) -> list[str]:
     """The names in the tables of what a method's loss is made of."""
-    if isinstance(method.loss, (str, Mapping)):
-        return [method.loss] if isinstance(method.loss, str) else list(method.loss)
+    loss = getattr(method, "loss", None)
+    if isinstance(loss, (str, Mapping)):
+        return [loss] if isinstance(loss, str) else list(loss)
     return []
 
 
 def cited_options(method: Method, reference: Any) -> list[str]:
     """What of a method and its reference has a paper of its own, as `cite` names it."""
     used = list(modifiers(method))
-    if method.timestep_weighting == "min_snr":
+    if getattr(method, "timestep_weighting", None) == "min_snr":
         used.append("min_snr")
-    if isinstance(method.loss, Mapping) and len(method.loss) > 1:
+    if len(named_losses(method)) > 1:
         used.append("mixture")
     if isinstance(reference, SyncedReference):
         used.append("synced")

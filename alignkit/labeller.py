@@ -4,7 +4,6 @@ and the worst.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 from collections.abc import Mapping, Sequence
@@ -15,6 +14,7 @@ from typing import Any
 from PIL.Image import Image
 from tqdm.auto import tqdm
 
+from alignkit.asking import as_asked, digest_of, read_prompts
 from alignkit.atomic import atomic_folder, atomic_write
 from alignkit.config import RunConfig, to_mapping
 from alignkit.draws import generator
@@ -26,7 +26,7 @@ from alignkit.preferences import Judged, by_judge, by_reward, preference_row
 from alignkit.protocols import PreferenceJudge, Reward, Wing
 from alignkit.records import keep_or_refuse
 from alignkit.reward_names import name_of, reward_of
-from alignkit.rows import Row, read_rows
+from alignkit.rows import Row
 from alignkit.runtime import Runtime
 
 log = logging.getLogger("alignkit")
@@ -146,7 +146,7 @@ class Labeller:
         name = "responses" if wing.modality == "text" else "images"
         found: Found = []
         for index, judged in enumerate(self._judge(rows, answers)):
-            row = {**rows[index], "prompt": _as_asked(rows[index]["prompt"], wing.chat)}
+            row = {**rows[index], "prompt": as_asked(rows[index]["prompt"], wing.chat)}
             kept = [_name(answer, index, k) for k, answer in enumerate(answers[index])]
             made = preference_row(row, name, kept, judged, soft_labels=self.soft_labels)
             if made is not None:
@@ -180,31 +180,6 @@ def nothing_preferred(num: int) -> DataError:
     )
 
 
-def read_prompts(prompts: Any, columns: Mapping[str, str]) -> list[Row]:
-    """Rows with a prompt, of a list of prompts or of data.
-
-    Raises:
-        DataError: a row has none.
-    """
-    if isinstance(prompts, Sequence) and not isinstance(prompts, (str, bytes)):
-        prompts = [one if isinstance(one, Mapping) else {"prompt": one} for one in prompts]
-    rows = list(read_rows(prompts, columns=columns))
-    for number, row in enumerate(rows):
-        if not row.get("prompt"):
-            raise DataError(
-                "Answers are sampled for rows with a prompt; "
-                f"row {number} has {row.get('prompt')!r}. Columns found: "
-                f"{', '.join(row) or 'none'}. Rename with data_options.columns."
-            )
-    return rows
-
-
-def digest_of(rows: Sequence[Row]) -> str:
-    """Of what rows say; of what stands in no text, such as a picture in memory, only its type."""
-    text = json.dumps(rows, ensure_ascii=False, default=lambda value: type(value).__name__)
-    return hashlib.sha256(text.encode("utf-8", "backslashreplace")).hexdigest()
-
-
 def check_labels(reward: Any, judge: Any, samples: Any, soft_labels: bool) -> None:
     """Refuse ways to label that do not go together.
 
@@ -236,11 +211,6 @@ def _moved(line: str, part: str) -> str:
         row["images"] = [f"{part}/{name}" for name in row["images"]]
         row |= {side: f"{part}/{row[side]}" for side in ("chosen", "rejected")}
     return json.dumps(row, ensure_ascii=False)
-
-
-def _as_asked(prompt: Any, chat: bool) -> Any:
-    """The prompt as it was put to the policy: bare strings are a user's turn in a chat."""
-    return [{"role": "user", "content": prompt}] if chat and isinstance(prompt, str) else prompt
 
 
 def _name(answer: Any, index: int, k: int) -> str:

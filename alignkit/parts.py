@@ -15,7 +15,7 @@ from alignkit.cached import cached_reference
 from alignkit.config import RunConfig
 from alignkit.criteria import criterion_of, modifiers_of, supervised_loss_of
 from alignkit.errors import ConfigError
-from alignkit.methods import SFT
+from alignkit.methods import SFT, Preference
 from alignkit.objectives.preference import PreferenceObjective
 from alignkit.objectives.supervised import SupervisedObjective
 from alignkit.places import is_missing
@@ -232,7 +232,7 @@ def _router(config: RunConfig, wing: Wing) -> float:
 
 def _preference(config: RunConfig, wing: Wing, runtime: Runtime) -> tuple[Built, dict[str, Any]]:
     method = config.method
-    assert not isinstance(method, SFT)
+    assert isinstance(method, Preference)
     criterion = criterion_of(method, wing.modality)
     other_model = _other_model(config, wing, runtime)
     if isinstance(config.reference, CachedReference):

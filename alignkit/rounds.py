@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from alignkit.api import align
+from alignkit.asking import digest_of, read_prompts
 from alignkit.assemble import continued
 from alignkit.config import NOT_COMPARED, RunConfig, check, to_mapping
 from alignkit.criteria import criterion_of
@@ -23,12 +24,10 @@ from alignkit.errors import ConfigError
 from alignkit.labeller import (
     Labeller,
     check_labels,
-    digest_of,
     nothing_preferred,
-    read_prompts,
     write_rows,
 )
-from alignkit.methods import SFT, Method
+from alignkit.methods import SFT, Method, Preference, RejectionSampling
 from alignkit.options import GenerationOptions, ImageOptions, LoRA, TextOptions, TrainerOptions
 from alignkit.parts import build_wing, modality_of
 from alignkit.protocols import PreferenceJudge, Reward
@@ -113,8 +112,9 @@ def align_rounds(
         seed=seed,
     )
     check(first, modality)
-    if isinstance(method, SFT) or criterion_of(method, modality).kind.rows == "unpaired":
-        read = "demonstrations" if isinstance(method, SFT) else "single labelled ones"
+    if not isinstance(method, Preference) or criterion_of(method, modality).kind.rows == "unpaired":
+        others = {SFT: "demonstrations", RejectionSampling: "prompts"}
+        read = others.get(type(method), "single labelled ones")
         raise ConfigError(
             f"Rounds prefer answers to one another, and {type(method).__name__} reads {read}. Take "
             "DPO() with a loss of pairs or rankings."

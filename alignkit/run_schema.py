@@ -45,7 +45,11 @@ def _reference_kind(kind: str, cls: type) -> dict[str, Any]:
 def _method(name: str, cls: type[Method]) -> dict[str, Any]:
     """A method's options and those of all losses it may name."""
     schema = json_object(cls, {key: hint for key, hint in hints(cls).items() if key != "keywords"})
+    schema["properties"] = {"name": {"enum": [name]}} | schema["properties"]
+    schema["required"] = ["name"]
     losses = losses_named_by(cls)
+    if not losses:
+        return schema
     named: dict[str, Any] = {"enum": list(losses)}
     if cls is DPO:
         weights = {"type": "object", "properties": {key: {"type": "number"} for key in losses}}
@@ -58,6 +62,4 @@ def _method(name: str, cls: type[Method]) -> dict[str, Any]:
             users = ", ".join(n for n, other in losses.items() if key in other.keywords)
             about = {"description": f"option of the losses {users}"}
             schema["properties"].setdefault(key, json_type(type(default)) | about)
-    schema["properties"] = {"name": {"enum": [name]}} | schema["properties"]
-    schema["required"] = ["name"]
     return schema

@@ -66,4 +66,4 @@ def test_methods_is_the_function_also_after_the_module_of_that_name_was_imported
     import importlib
 
     importlib.import_module("alignkit.methods")
-    assert [row["name"] for row in alignkit.methods()] == ["dpo", "kto", "sft"]
+    assert [row["name"] for row in alignkit.methods()][:3] == ["dpo", "kto", "sft"]

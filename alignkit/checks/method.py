@@ -6,13 +6,14 @@ import inspect
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from alignkit.checks.rejection import check_rejection
 from alignkit.checks.supervised import check_supervised
 from alignkit.criteria import criterion_of, loss_of
 from alignkit.errors import ConfigError
 from alignkit.losses import Loss
 from alignkit.losses.divergences import check_divergence
 from alignkit.losses.modifiers import check_weighting
-from alignkit.methods import DPO, SFT, Method, Preference, modifiers
+from alignkit.methods import DPO, SFT, Method, Preference, RejectionSampling, modifiers
 from alignkit.objectives.criterion import Criterion, OwnLoss
 from alignkit.reference_options import NoiseBank, PrecomputedReference
 from alignkit.schema import require
@@ -44,6 +45,8 @@ def check_method(config: RunConfig, modality: str | None) -> None:
                 f"{name} is used by online methods, which score answers as they sample them; "
                 f"{type(method).__name__} learns from data. Leave {name} out."
             )
+    if isinstance(method, RejectionSampling):
+        return check_rejection(config)
     if method.timesteps is not None and method.timestep_weighting == "nats":
         raise ConfigError(
             "method.timestep_weighting='nats' is the ELBO, a sum over all timesteps; got "

@@ -37,11 +37,15 @@ def cite(
     file_or_method: Annotated[str, typer.Argument(help="A YAML file, or a method such as dpo.")],
 ) -> None:
     """Print BibTeX of the papers that a run or a method rests on."""
-    from alignkit.cite import citations
+    from alignkit.cite import citations, cited_modalities
     from alignkit.methods import METHODS
 
     if file_or_method in METHODS:
-        entries = [e for wing in ("text", "image") for e in citations(file_or_method, None, wing)]
+        entries = [
+            e
+            for wing in cited_modalities(file_or_method)
+            for e in citations(file_or_method, None, wing)
+        ]
     else:
         from alignkit import api
         from alignkit.config import from_file

@@ -11,13 +11,16 @@ from types import MappingProxyType
 
 from alignkit.methods.common import Timesteps, TimestepWeighting, modifiers
 from alignkit.methods.preference import DPO, KTO, Divergence
+from alignkit.methods.rejection import RejectionSampling
 from alignkit.methods.supervised import SFT, LossOn
 
-Method = DPO | KTO | SFT
+Method = DPO | KTO | SFT | RejectionSampling
 Preference = DPO | KTO
 """The methods whose losses compare policy and reference, or the answers of a row."""
 
-METHODS: Mapping[str, type[Method]] = MappingProxyType({cls.name: cls for cls in (DPO, KTO, SFT)})
+METHODS: Mapping[str, type[Method]] = MappingProxyType(
+    {cls.name: cls for cls in (DPO, KTO, SFT, RejectionSampling)}
+)
 """Name in YAML -> method."""
 
 __all__ = [
@@ -29,6 +32,7 @@ __all__ = [
     "LossOn",
     "Method",
     "Preference",
+    "RejectionSampling",
     "TimestepWeighting",
     "Timesteps",
     "methods",
