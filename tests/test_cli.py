@@ -11,7 +11,7 @@ import yaml
 from typer.testing import CliRunner
 
 import alignkit
-from alignkit.cite import citations
+from alignkit.cite import citations, cited_modalities
 from alignkit.cli import app
 from alignkit.config import check, from_file, from_mapping
 from alignkit.errors import ConfigError, DataError
@@ -349,7 +349,7 @@ def test_every_method_and_loss_has_its_citation(method, loss):
     """The arXiv numbers of the tables are those of the entries."""
     import re
 
-    entries = "\n".join(citations(method, loss, "image"))
+    entries = "\n".join(citations(method, loss, cited_modalities(method)[-1]))
     named = LOSSES[loss].paper + METHODS[method].paper
     for number in re.findall(r"\d{4}\.\d{5}", named):
         assert f"eprint = {{{number}}}" in entries

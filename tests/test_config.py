@@ -444,8 +444,8 @@ NOT_SCALE_FREE = replace(SIGMOID, name="fixed", scale_free=False)
 @pytest.mark.parametrize(
     ("changes", "modality", "message"),
     [
-        ({"method": "dpo"}, None, r"method must be one of DPO\(\), KTO\(\), SFT\(\); got 'dpo'"),
-        ({"method": DPO}, None, r"method must be one of DPO\(\), KTO\(\), SFT\(\); got <class"),
+        ({"method": "dpo"}, None, r"method must be one of DPO\(\), KTO\(\), SFT\(\).*; got 'dpo'"),
+        ({"method": DPO}, None, r"method must be one of DPO\(\), KTO\(\), SFT\(\).*; got <class"),
         (
             {"method": KTO(), "trainer": TrainerOptions(batch_size=1)},
             "text",
