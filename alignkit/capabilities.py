@@ -11,7 +11,7 @@ from torch import Tensor
 
 from alignkit.batches import Batch
 from alignkit.options import GenerationOptions, LoRA
-from alignkit.protocols import Backend, Key
+from alignkit.protocols import Backend, Collective, Key
 
 
 @dataclass(frozen=True)
@@ -29,6 +29,47 @@ class Sampled:
     prompt_ids: list[list[int]]
     answer_ids: list[list[int]]
     cut: list[bool]
+
+
+@dataclass(frozen=True)
+class SampledAnswer:
+    """An answer in tokens.
+
+    Attributes:
+        ids: of the answer; where it ended by itself, with the eos or stop string that ended it.
+        ended: whether it did; if not, the limit cut it.
+        logps: of each token, the log-probability under the distribution that it was drawn from:
+            with temperature, top_k and top_p.
+    """
+
+    ids: list[int]
+    ended: bool
+    logps: list[float]
+
+
+@runtime_checkable
+class SamplesTokens(Protocol):
+    """A wing that answers prompts in tokens, as online methods learn from them."""
+
+    def generate_tokens(
+        self,
+        prompts: Sequence[Any],
+        options: GenerationOptions,
+        *,
+        keys: Sequence[Sequence[int]],
+        together: Collective | None = None,
+    ) -> list[SampledAnswer]:
+        """An answer to each prompt.
+
+        Args:
+            prompts: arrays of token ids, with room for an answer of `max_new_tokens`.
+            options: how to sample.
+            keys: numbers that identify each answer, such as (seed, rollout, place): it is a
+                function of them and the model, and of no neighbour, process or batch.
+            together: the processes among which the model's weights are divided: all of them then
+                call this, each with prompts of its own.
+        """
+        ...
 
 
 @runtime_checkable

@@ -205,8 +205,11 @@ def test_sampling_follows_the_models_distribution() -> None:
     with torch.no_grad():
         expected = model(input_ids=torch.from_numpy(prompt)[None].long()).logits[0, -1].softmax(-1)
     one_token = GenerationOptions(max_new_tokens=1)
-    ids = generate(model, tokenizer, [prompt] * num, one_token, seed=0, eos_ids=[3])
-    share = torch.bincount(torch.tensor([i[0] for i in ids]), minlength=len(expected)) / num
+    keys = [(0, place) for place in range(num)]
+    found = generate(model, tokenizer, [prompt] * num, one_token, keys, [3])
+    share = (
+        torch.bincount(torch.tensor([one.ids[0] for one in found]), minlength=len(expected)) / num
+    )
     error = (expected * (1 - expected) / num).sqrt()
     assert ((share - expected).abs() <= 4.5 * error + 1e-9).all()
 

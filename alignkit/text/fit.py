@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from alignkit.errors import ConfigError
+from alignkit.text.content import Ids
 from alignkit.text.examples import TextExamples
 from alignkit.text.handed import max_positions
 
@@ -35,4 +37,19 @@ def check_fit(policy: Any, examples: TextExamples, room: int = 0) -> None:
         raise ConfigError(
             f"The longest row has {length} tokens, and the model has {positions} positions. "
             f"Set data_options.max_length={positions}, so that longer rows are cut."
+        )
+
+
+def check_room(policy: Any, prompts: Sequence[Ids], room: int) -> None:
+    """Prompts to learn from are never cut without a word.
+
+    Raises:
+        ConfigError: a prompt leaves the model no position for an answer of `room` tokens.
+    """
+    positions, longest = max_positions(policy), max(map(len, prompts), default=0)
+    if positions is not None and longest + room > positions:
+        raise ConfigError(
+            f"A prompt has {longest} tokens and its answer up to {room} "
+            f"(generation.max_new_tokens), and the model has {positions} positions. Set "
+            f"data_options.max_length={positions} or lower max_new_tokens."
         )

@@ -53,7 +53,8 @@ class TextModule(nn.Module):
         FSDP2 takes this method for a forward: inside, the model's own weights are whole, and each
         block's are while it runs. All processes must call it alike.
         """
-        return use(self.model)
+        with self._autocast(next(self.model.parameters()).device):
+            return use(self.model)
 
     def per_token(self, batch: Batch) -> Tensor:
         """(N, K, ...) numbers of each token that show whether another layout computes the same."""

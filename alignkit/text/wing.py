@@ -12,20 +12,21 @@ import torch
 from torch import nn
 
 from alignkit.adapters import active_adapters, adapter_on, adapters_off
-from alignkit.capabilities import Sampled
+from alignkit.capabilities import Sampled, SampledAnswer
 from alignkit.columns import check_kind
 from alignkit.mixtures import Mixture
 from alignkit.options import GenerationOptions, LoRA, TextOptions
-from alignkit.protocols import Wing
+from alignkit.protocols import Collective, Wing
 from alignkit.rows import read_rows
 from alignkit.stream import open_stream
 from alignkit.text.backend import TextBackend
+from alignkit.text.content import Ids
 from alignkit.text.data import LAYOUTS, Reader, read_examples
 from alignkit.text.examples import TextExamples
-from alignkit.text.fit import check_fit
+from alignkit.text.fit import check_fit, check_room
 from alignkit.text.formats import prompt_text
-from alignkit.text.generation import generate, is_cut
-from alignkit.text.handed import State, base_of, eos_ids, evaluating, max_positions, uncompiled
+from alignkit.text.generation import generate
+from alignkit.text.handed import State, base_of, eos_ids, evaluating, uncompiled
 from alignkit.text.likelihood import TextLikelihood
 from alignkit.text.loading import load, refuse_other_models
 from alignkit.text.mixed import read_mixture
@@ -185,25 +186,46 @@ class TextWing:
     ) -> Sampled:
         """The same, with the tokens of prompts and answers."""
         ids = prompt_ids(self.tokenizer, prompts, chat=self.chat)
-        eos = eos_ids(self.policy, self.tokenizer)
-
-        def answers(model: Any) -> list[list[int]]:
-            return generate(model, self.tokenizer, ids, options, seed=seed, eos_ids=eos)
-
-        with evaluating(self.policy), uncompiled(self.policy):
-            new = self.module.within(answers)
-        texts = [self.tokenizer.decode(one, skip_special_tokens=True) for one in new]
-        positions = max_positions(self.policy)
-        cut = [
-            is_cut(prompt, answer, options, positions, eos, text)
-            for prompt, answer, text in zip(ids, new, texts, strict=True)
-        ]
+        new = self._generate(ids, options, [(seed, place) for place in range(len(ids))])
+        texts = [self.tokenizer.decode(one.ids, skip_special_tokens=True) for one in new]
         # The answer to a plain text goes on where that ends, with a blank if need be.
         texts = [
             text.strip() if self.chat or not isinstance(prompt, str) else text.rstrip()
             for prompt, text in zip(prompts, texts, strict=True)
         ]
-        return Sampled(texts, [prompt.tolist() for prompt in ids], new, cut)
+        asked, answered = [prompt.tolist() for prompt in ids], [one.ids for one in new]
+        return Sampled(texts, asked, answered, [not one.ended for one in new])
+
+    def generate_tokens(
+        self,
+        prompts: Sequence[Ids],
+        options: GenerationOptions,
+        *,
+        keys: Sequence[Sequence[int]],
+        together: Collective | None = None,
+    ) -> list[SampledAnswer]:
+        """See `alignkit.capabilities.SamplesTokens`.
+
+        Raises:
+            ConfigError: a prompt leaves no room for an answer.
+        """
+        check_room(self.policy, prompts, options.max_new_tokens)
+        return self._generate(prompts, options, keys, together)
+
+    def _generate(
+        self,
+        prompts: Sequence[Ids],
+        options: GenerationOptions,
+        keys: Sequence[Sequence[int]],
+        together: Collective | None = None,
+    ) -> list[SampledAnswer]:
+        ends = eos_ids(self.policy, self.tokenizer)
+        with evaluating(self.policy), uncompiled(self.policy):
+            return self.module.within(
+                lambda model: generate(
+                    model, self.tokenizer, prompts, options, keys, ends, together
+                )
+            )
 
     def scalar(self, init: str | Path = "policy", *, adapter: LoRA | None = None) -> TextBackend:
         """See `capabilities.ScoresStates`."""
