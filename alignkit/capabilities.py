@@ -71,6 +71,10 @@ class SamplesTokens(Protocol):
         """
         ...
 
+    def answer_texts(self, prompts: Sequence[Any], answers: Sequence[Sequence[int]]) -> list[str]:
+        """Sampled ids as rewards and people read them; prompts as they stand in the data."""
+        ...
+
 
 @runtime_checkable
 class Samples(Protocol):

@@ -187,14 +187,18 @@ class TextWing:
         """The same, with the tokens of prompts and answers."""
         ids = prompt_ids(self.tokenizer, prompts, chat=self.chat)
         new = self._generate(ids, options, [(seed, place) for place in range(len(ids))])
-        texts = [self.tokenizer.decode(one.ids, skip_special_tokens=True) for one in new]
+        asked, answered = [prompt.tolist() for prompt in ids], [one.ids for one in new]
+        texts = self.answer_texts(prompts, answered)
+        return Sampled(texts, asked, answered, [not one.ended for one in new])
+
+    def answer_texts(self, prompts: Sequence[Any], answers: Sequence[Sequence[int]]) -> list[str]:
+        """See `alignkit.capabilities.SamplesTokens`."""
+        texts = [self.tokenizer.decode(ids, skip_special_tokens=True) for ids in answers]
         # The answer to a plain text goes on where that ends, with a blank if need be.
-        texts = [
+        return [
             text.strip() if self.chat or not isinstance(prompt, str) else text.rstrip()
             for prompt, text in zip(prompts, texts, strict=True)
         ]
-        asked, answered = [prompt.tolist() for prompt in ids], [one.ids for one in new]
-        return Sampled(texts, asked, answered, [not one.ended for one in new])
 
     def generate_tokens(
         self,
