@@ -46,11 +46,13 @@ if TYPE_CHECKING:
     from alignkit.api import AlignResult, Run, align, build
     from alignkit.caching import cache_images
     from alignkit.cite import citations
+    from alignkit.combined_rewards import RuleReward, SafetyHelpfulness
     from alignkit.evaluation import Evaluation, SheetResult, evaluate, fill_sheet, read_sheets
     from alignkit.export import export_merged
     from alignkit.labeller import sample_preferences
     from alignkit.length_control import length_controlled_win_rate
     from alignkit.precompute import precompute_reference
+    from alignkit.rewards import WeightedReward
     from alignkit.statistics import paired_difference, win_rate
     from alignkit.trainer import Trainer
 
@@ -78,13 +80,16 @@ __all__ = [
     "NonFiniteError",
     "PrecomputedReference",
     "RejectionSampling",
+    "RuleReward",
     "Run",
+    "SafetyHelpfulness",
     "ScoreLabels",
     "SheetResult",
     "SyncedReference",
     "TextOptions",
     "Trainer",
     "TrainerOptions",
+    "WeightedReward",
     "align",
     "align_rounds",
     "build",
@@ -124,6 +129,9 @@ _LAZY = {
     "citations": "alignkit.cite",
     "export_merged": "alignkit.export",
     "precompute_reference": "alignkit.precompute",
+    "RuleReward": "alignkit.combined_rewards",
+    "SafetyHelpfulness": "alignkit.combined_rewards",
+    "WeightedReward": "alignkit.rewards",
     "sample_preferences": "alignkit.labeller",
 }
 """Name -> the module that has it, imported on first use."""

@@ -6,18 +6,15 @@ worst answer, and all answers stand beside them with their scores.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import permutations
 from typing import Any
 
-from alignkit.errors import DataError
 from alignkit.protocols import PreferenceJudge, Reward
+from alignkit.scoring import Score, ask, probabilities, scores_of
 
 Row = Mapping[str, Any]
-Score = float | None
-"""None is missing: a failed answer is not a bad one."""
 
 
 @dataclass(frozen=True)
@@ -44,15 +41,19 @@ def by_reward(
         answers: of each row.
 
     Raises:
-        DataError: if there is not one number, or None, for each answer.
+        DataError: the reward failed, or gave something else than one number, or None, for each
+            answer.
     """
     asked = [(row, answer) for row, given in zip(rows, answers, strict=True) for answer in given]
-    found = reward(
-        [row["prompt"] for row, _ in asked], [a for _, a in asked], [r for r, _ in asked]
+    totals = iter(
+        scores_of(
+            reward,
+            _name(reward),
+            [row["prompt"] for row, _ in asked],
+            [a for _, a in asked],
+            [r for r, _ in asked],
+        )[""]
     )
-    parts = list(found.values()) if isinstance(found, Mapping) else [found]
-    columns = [_numbers(part, len(asked), "reward") for part in parts]
-    totals = iter([_sum(values) for values in zip(*columns, strict=True)])
     return [Judged(tuple(next(totals) for _ in given), {}) for given in answers]
 
 
@@ -77,16 +78,14 @@ def by_judge(
         for number, given in enumerate(answers)
         for i, j in permutations(range(len(given)), 2)
     ]
-    found = judge(
-        [rows[number]["prompt"] for number, _, _ in asked],
+    who, prompts = f"judge {_name(judge)!r}", [rows[number]["prompt"] for number, _, _ in asked]
+    question = [
+        prompts,
         [answers[number][i] for number, i, _ in asked],
         [answers[number][j] for number, _, j in asked],
         [rows[number] for number, _, _ in asked],
-    )
-    values = _numbers(found, len(asked), "judge")
-    for value in values:
-        if value is not None and not 0 <= value <= 1:
-            raise DataError(f"A judge answers with probabilities between 0 and 1; got {value}.")
+    ]
+    values = probabilities(ask(judge, who, question), who, prompts)
     said = dict(zip(asked, values, strict=True))
     return [_of_comparisons(said, number, len(given)) for number, given in enumerate(answers)]
 
@@ -132,20 +131,6 @@ def preference_row(
     return {**found, "p_chosen": judged.wins[best, worst]} if soft_labels else found
 
 
-def _numbers(found: Any, count: int, who: str) -> list[Score]:
-    try:
-        values = [None if v is None else float(v) for v in found]
-    except (TypeError, ValueError) as error:
-        raise DataError(
-            f"A {who} returns a sequence of numbers, None where it has none; got {found!r}."
-        ) from error
-    if len(values) != count:
-        raise DataError(f"A {who} returns one number per question; got {len(values)} for {count}.")
-    if any(value is not None and math.isinf(value) for value in values):
-        raise DataError(f"A {who} returns finite numbers; got an infinite one. Return None for it.")
-    return [None if value is None or math.isnan(value) else value for value in values]
-
-
-def _sum(values: Sequence[Score]) -> Score:
-    given = [value for value in values if value is not None]
-    return sum(given) if len(given) == len(values) else None
+def _name(given: Any) -> str:
+    """What errors call a reward or judge."""
+    return getattr(given, "name", getattr(given, "__name__", type(given).__name__))

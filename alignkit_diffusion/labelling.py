@@ -10,7 +10,6 @@ there is kept.
 from __future__ import annotations
 
 import logging
-import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -25,6 +24,7 @@ from alignkit.errors import ConfigError, DataError
 from alignkit.protocols import Reward
 from alignkit.records import keep_or_refuse
 from alignkit.rows import Row, Rows, read_rows
+from alignkit.scoring import Score, scores_of
 from alignkit_diffusion.layouts import prompt_of, sources_of
 from alignkit_diffusion.pictures import Picture, open_picture
 from alignkit_diffusion.score_labels import FACTS, PART, part_name
@@ -114,21 +114,15 @@ def _images(rows: Rows, number: int, broken: Counter[str]) -> list[tuple[Picture
         return []
 
 
-def _ask(name: str, scorer: Reward, asked: Sequence[tuple[Row, Image]]) -> list[float | None]:
+def _ask(name: str, scorer: Reward, asked: Sequence[tuple[Row, Image]]) -> list[Score]:
     if not asked:
         return []
     rows = [row for row, _ in asked]
-    found = scorer([prompt_of(row) for row in rows], [image for _, image in asked], rows)
-    if isinstance(found, Mapping) or len(found) != len(asked):
+    prompts, images = [prompt_of(row) for row in rows], [image for _, image in asked]
+    found = scores_of(scorer, name, prompts, images, rows)
+    if len(found) > 1:
         raise DataError(
-            f"A scorer returns one number per image; {name!r} returned "
-            f"{'named parts' if isinstance(found, Mapping) else len(found)} for {len(asked)}."
+            f"A scorer returns one number per image; {name!r} returned the parts "
+            f"{', '.join(part for part in found if part)}. Give each as a scorer of its own."
         )
-    scores = [None if one is None else float(one) for one in found]
-    for (row, _), score in zip(asked, scores, strict=True):
-        if score is not None and not math.isfinite(score):
-            raise DataError(
-                f"A scorer returns finite numbers, None where it has none; {name!r} returned "
-                f"{score} for an image of the prompt {prompt_of(row)!r}."
-            )
-    return scores
+    return found[""]

@@ -28,7 +28,7 @@ def test_a_reward_is_asked_once_with_the_rows_of_the_answers() -> None:
 
 def test_named_parts_are_added_and_a_missing_one_is_missing() -> None:
     def reward(prompts: Any, responses: Any, rows: Any) -> dict[str, list[float | None]]:
-        return {"good": [1, 2, None, 4, math.nan], "short": [0.5] * 5}
+        return {"good": [1, 2, None, 4, None], "short": [0.5] * 5}
 
     found = by_reward(reward, ROWS, ANSWERS)
     assert [judged.scores for judged in found] == [(1.5, 2.5, None), (4.5, None)]
@@ -37,9 +37,10 @@ def test_named_parts_are_added_and_a_missing_one_is_missing() -> None:
 @pytest.mark.parametrize(
     ("answer", "words"),
     [
-        ([1, 2], "one number per question; got 2 for 5"),
+        ([1, 2], "one number per prompt; it returned 2 for 5"),
         (3, "a sequence of numbers"),
         ([math.inf] * 5, "finite"),
+        ([1, math.nan, 1, 1, 1], "nan for the prompt 'a'"),
     ],
 )
 def test_rewards_that_answer_otherwise(answer: Any, words: str) -> None:
@@ -78,7 +79,7 @@ def test_failed_verdicts_are_missing() -> None:
 
     first, _ = by_judge(judge, ROWS, ANSWERS)
     assert first.scores == (pytest.approx(0.8), pytest.approx(0.2), None)
-    with pytest.raises(DataError, match=r"between 0 and 1; got 1\.5"):
+    with pytest.raises(DataError, match=r"between 0 and 1; it gave 1\.5"):
         by_judge(lambda p, a, b, rows: [1.5] * len(a), ROWS, ANSWERS)
 
 

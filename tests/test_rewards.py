@@ -45,5 +45,5 @@ def test_what_is_no_reward_is_refused():
         WeightedReward({"a": (length, float("inf"))})
     with pytest.raises(ConfigError, match="at least one"):
         WeightedReward({})
-    with pytest.raises(DataError, match="one number per answer"):
+    with pytest.raises(DataError, match="one number per prompt"):
         WeightedReward({"a": (lambda *_: [1.0], 1.0)})(["p", "p"], ["a", "b"])

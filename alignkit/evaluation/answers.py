@@ -12,13 +12,14 @@ import numpy as np
 from alignkit.capabilities import CountsTokens, Sampled, Samples
 from alignkit.errors import DataError
 from alignkit.evaluation.likelihoods import Measures, pair_numbers
-from alignkit.evaluation.scoring import Rows, Score, scores_of, verdicts_of
+from alignkit.evaluation.verdicts import verdicts_of
 from alignkit.facts import EvaluationRow
 from alignkit.length_control import length_controlled_win_rate
 from alignkit.objectives.preference import PreferenceObjective
 from alignkit.options import GenerationOptions, TextOptions
 from alignkit.protocols import PreferenceJudge, Reward
 from alignkit.sample_files import lengths
+from alignkit.scoring import Rows, Score, scores_of
 from alignkit.statistics import mean, paired_difference, preference_rate, preferences
 
 

@@ -15,10 +15,10 @@ from alignkit.capabilities import EditsPictures
 from alignkit.errors import ConfigError, DataError
 from alignkit.evaluation.answers import Answers, Side
 from alignkit.evaluation.likelihoods import Measures
-from alignkit.evaluation.scoring import Rows, scores_of
 from alignkit.facts import EvaluationRow
 from alignkit.options import GenerationOptions
 from alignkit.protocols import Reward
+from alignkit.scoring import Rows, scores_of
 from alignkit.statistics import preference_rate, preferences
 
 MOST = 8

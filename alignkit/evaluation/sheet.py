@@ -20,10 +20,11 @@ from alignkit.atomic import atomic_folder, atomic_write
 from alignkit.draws import generator
 from alignkit.errors import ConfigError, DataError
 from alignkit.evaluation.answers import Answers
-from alignkit.evaluation.scoring import scores_of, verdicts_of
+from alignkit.evaluation.verdicts import verdicts_of
 from alignkit.pages import render
 from alignkit.protocols import PreferenceJudge, Reward
 from alignkit.sample_tables import picture
+from alignkit.scoring import scores_of
 
 QUESTIONS: Mapping[str, Mapping[str, str]] = {
     "image": {

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from alignkit.errors import DataError
-from alignkit.evaluation.scoring import scores_of, verdicts_of
+from alignkit.evaluation.verdicts import verdicts_of
+from alignkit.scoring import scores_of
 
 PROMPTS = ["one", "two", "three"]
 ROWS = [{"prompt": prompt} for prompt in PROMPTS]

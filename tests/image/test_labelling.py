@@ -131,7 +131,7 @@ def test_a_broken_image_has_no_score_and_is_counted(rows, tmp_path, caplog):
 
 
 def test_a_scorer_that_fails_is_told(rows, tmp_path):
-    for bad, match in (([1.0], "one number per image"), ([float("nan")] * 8, "finite")):
+    for bad, match in (([1.0], "one number per prompt"), ([float("nan")] * 8, "finite")):
         with pytest.raises(DataError, match=match):
             score_images(rows, {"bad": lambda *_, bad=bad: bad}, tmp_path / match)
 
