@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
+from alignkit.placed import local, snapshot
 from alignkit.runtime import Runtime
 
 
@@ -37,7 +37,7 @@ class Average:
         self.modules = list(modules)
         self.decay = decay
         self.runtime = runtime
-        self.values = {name: p.detach().clone() for name, p in parameters.items()}
+        self.values = {name: snapshot(p) for name, p in parameters.items()}
         self.shown = False
 
     @torch.no_grad()
@@ -67,7 +67,7 @@ class Average:
             own.copy_(kept)
             kept.copy_(held)
         for module in self.modules:
-            # FSDP2 keeps its root whole after a forward, and would go on computing with that copy.
+            # Roots of sharded modules stay whole after a forward, and would compute with that copy.
             if hasattr(module, "reshard"):
                 module.reshard()  # type: ignore[operator]
         self.shown = wanted
@@ -83,5 +83,4 @@ class Average:
 
 def _local(tensors: Mapping[str, Tensor]) -> list[Tensor]:
     """The tensors, or this process's shards of them."""
-    held = [tensor.detach() for tensor in tensors.values()]
-    return [t.to_local() if isinstance(t, DTensor) else t for t in held]
+    return [local(tensor) for tensor in tensors.values()]

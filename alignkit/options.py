@@ -60,6 +60,8 @@ class TrainerOptions:
             Early on it forgets faster: min(ema, (1 + step) / (10 + step)).
         channels_last: convolutions with channels innermost in memory, as fast GPU kernels want
             them. "auto" does so for images on GPUs. Images only.
+        sharding: what is trained, and frozen references with it, sharded over the processes: "fsdp2"
+            by torch, "zero3" by DeepSpeed. Text only; neither run on real hardware.
         save_every: steps between checkpoints; None saves none but the finished model.
         keep_best: name of an evaluation metric, such as "eval/rewards/accuracies"; the best
             checkpoint is kept beside the newest ones.
@@ -84,7 +86,7 @@ class TrainerOptions:
     compile: bool = False
     channels_last: bool | Literal["auto"] = "auto"
     ema: float | None = None
-    sharding: Literal["none", "fsdp2"] = "none"
+    sharding: Literal["none", "fsdp2", "zero3"] = "none"
     log_every: int = 10
     eval_every: int | None = None
     sample_every: int | None = None

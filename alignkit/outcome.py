@@ -85,7 +85,7 @@ def _full_weights(run: Run) -> dict[str, Tensor] | None:
     state = run.wing.policy.state_dict(keep_vars=True)
     # Tied weights stay one tensor, so that they are written once.
     distinct = {id(value): value for value in state.values()}
-    whole = {key: run.runtime.whole(value.detach()) for key, value in distinct.items()}
+    whole = {key: run.runtime.whole(value) for key, value in distinct.items()}
     return {name: whole[id(value)] for name, value in state.items()}
 
 

@@ -13,10 +13,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from alignkit.batches import Batch, Likelihood
 from alignkit.errors import DataError
+from alignkit.placed import local, snapshot
 from alignkit.protocols import Backend, Draw
 
 
@@ -107,7 +107,7 @@ class FrozenAdapter(_Stateless):
             for name, parameter in self.backend.module.named_parameters()
             if parameter.requires_grad
         }
-        self.snapshot = {name: p.detach().clone() for name, p in self.parameters.items()}
+        self.snapshot = {name: snapshot(p) for name, p in self.parameters.items()}
 
     def log_likelihood(self, batch: Batch, draw: Draw, want: frozenset[str]) -> Likelihood:
         with self._exchanged():
@@ -127,15 +127,14 @@ class FrozenAdapter(_Stateless):
             trained = own.clone()
             own.copy_(kept)
             kept.copy_(trained)
-        # FSDP2 keeps its root whole after a forward, and would go on computing with that copy.
+        # Roots of sharded modules stay whole after a forward, and would compute with that copy.
         if hasattr(self.backend.module, "reshard"):
             self.backend.module.reshard()  # type: ignore[operator]
 
 
 def _local(tensors: Mapping[str, Tensor]) -> list[Tensor]:
     """The tensors, or this process's shards of them."""
-    held = [tensor.detach() for tensor in tensors.values()]
-    return [t.to_local() if isinstance(t, DTensor) else t for t in held]
+    return [local(tensor) for tensor in tensors.values()]
 
 
 class MovingReference(FrozenAdapter):

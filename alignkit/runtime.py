@@ -1,8 +1,9 @@
 """Devices, processes and sharding: the only place that knows ranks and what wraps a module.
 
 accelerate finds the device and the processes (`accelerate launch`) and wraps modules for data
-parallelism; FSDP2 is torch's own `fully_shard`. Precision is the wings' affair: their modules run
-under autocast themselves, so that policy and reference compute alike.
+parallelism; FSDP2 is torch's own `fully_shard`, ZeRO-3 is DeepSpeed's (`zero.py`). Precision is the
+wings' affair: their modules run under autocast themselves, so that policy and reference compute
+alike.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import os
 import resource
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -19,14 +20,18 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from alignkit import zero
 from alignkit.errors import ConfigError
+from alignkit.placed import is_zero, local
+
+SHARDED = ("fsdp2", "zero3")
 
 
 class Runtime:
     """This process's place among the others; also the `Collective` of the floors below.
 
     Args:
-        sharding: "none" replicates what is trained (DDP); "fsdp2" shards it.
+        sharding: "none" replicates what is trained (DDP); "fsdp2" and "zero3" shard it.
         trackers: accelerate's tracker names.
         logging_dir: where file trackers write.
         precision: "fp16" scales gradients, which would underflow without.
@@ -61,11 +66,12 @@ class Runtime:
         if precision == "fp16":
             self.scaler = torch.amp.GradScaler(self.device.type)
         self._host_group: Any = None
-        if sharding == "fsdp2" and self.size == 1 and not dist.is_initialized():
+        self._engine: zero.Zero3 | None = None
+        if sharding in SHARDED and self.size == 1 and not dist.is_initialized():
             raise ConfigError(
-                'trainer.sharding="fsdp2" shards over processes, and there is one. Start with '
-                "`accelerate launch --num_processes N` (on CPUs `torchrun --nproc_per_node N`), or "
-                "leave sharding out."
+                f'trainer.sharding="{sharding}" shards over processes, and there is one. Start '
+                "with `accelerate launch --num_processes N` (on CPUs `torchrun --nproc_per_node "
+                "N`), or leave sharding out."
             )
         if self.size > 1:
             # Small host numbers travel over gloo, so that they never wait for the device.
@@ -111,19 +117,25 @@ class Runtime:
         dist.broadcast_object_list(held, src=0, group=self._host_group)
         return held[0]
 
+    @torch.no_grad()
     def whole(self, tensor: Tensor) -> Tensor:
         """A tensor to be saved: itself, or all of its shards in the main process's host memory.
 
         The other processes must call it too and get nothing, so that no device ever holds more than
         one whole tensor of a model that is sharded because it does not fit.
         """
-        if not isinstance(tensor, DTensor):
-            return tensor
-        gathered = tensor.full_tensor()
+        if is_zero(tensor):
+            gathered = zero.gathered(tensor)
+        elif isinstance(tensor, DTensor):
+            gathered = tensor.detach().full_tensor()
+        else:
+            return tensor.detach()
         return gathered.cpu() if self.is_main else gathered.new_empty(0)
 
     def like(self, value: Tensor, target: Tensor) -> Tensor:
         """A tensor that was saved, placed, cast and sharded as `target`."""
+        if is_zero(target):
+            return zero.shard_like(value, target)
         value = value.to(device=target.device, dtype=target.dtype)
         if isinstance(target, DTensor):
             return distribute_tensor(value, target.device_mesh, target.placements)
@@ -132,6 +144,44 @@ class Runtime:
             return torch.empty_like(target).copy_(value)
         return value
 
+    @torch.no_grad()
+    def assign(self, parameter: nn.Parameter, value: Tensor) -> None:
+        """Give a parameter a value that was saved."""
+        local(parameter).copy_(local(self.like(value, parameter)))
+
+    def renew(self, modules: Iterable[nn.Module]) -> None:
+        """After `assign`: nobody computes on with what was gathered before."""
+        for module in modules:
+            if hasattr(module, "reshard"):
+                module.reshard()  # type: ignore[operator]
+
+    def optimizer_state(self, optimizer: Any, parameter: nn.Parameter) -> dict[str, Any]:
+        """What an optimizer keeps of a parameter, to be saved; all processes must call it."""
+        if isinstance(optimizer, zero.Zero3Optimizer):
+            return optimizer.state_of(parameter)
+        return {
+            key: self.whole(value) if isinstance(value, Tensor) else value
+            for key, value in optimizer.state.get(parameter, {}).items()
+        }
+
+    def load_optimizer_state(
+        self, optimizer: Any, parameter: nn.Parameter, saved: Mapping[str, Any]
+    ) -> None:
+        if isinstance(optimizer, zero.Zero3Optimizer):
+            optimizer.load_state_of(parameter, saved)
+        else:
+            optimizer.state[parameter] = {
+                key: self._place(value, parameter) for key, value in saved.items()
+            }
+
+    def _place(self, value: Any, parameter: nn.Parameter) -> Any:
+        """An optimizer's tensor as its parameter is placed; its step counter stays whole."""
+        if not isinstance(value, Tensor):
+            return value
+        if value.shape == parameter.shape and value.is_floating_point():
+            return self.like(value, parameter.detach()).to(value.dtype)
+        return value.to(parameter.device)
+
     def barrier(self) -> None:
         if self.size > 1:
             dist.barrier(group=self._host_group)
@@ -139,14 +189,36 @@ class Runtime:
     def _group(self, value: Tensor) -> Any:
         return self._host_group if value.device.type == "cpu" else None
 
+    def engage(
+        self, modules: Mapping[str, nn.Module], make: zero.MakeOptimizer
+    ) -> tuple[dict[str, nn.Module], Any]:
+        """Modules to be trained, wrapped, and the optimizer of what in them requires a gradient."""
+        if self.sharding == "zero3":
+            if len(modules) > 1:
+                raise ConfigError(
+                    "trainer.sharding='zero3' trains one module, and here are "
+                    f"{', '.join(sorted(modules))}. Write sharding='fsdp2'."
+                )
+            ((name, module),) = modules.items()
+            self._engine = zero.Zero3(module.to(self.device), make)
+            return {name: self._engine}, zero.Zero3Optimizer(self._engine)
+        found = {name: self.wrap(module) for name, module in modules.items()}
+        return found, make(
+            [p for module in found.values() for p in module.parameters() if p.requires_grad]
+        )
+
     def wrap(self, module: nn.Module) -> nn.Module:
-        """A module to be trained, replicated or sharded over the processes."""
+        """A module without its optimizer, replicated or sharded over the processes."""
+        if self.sharding == "zero3":
+            return zero.Zero3(module.to(self.device))
         if self.sharding == "fsdp2":
             return _shard(module, self._mesh())
         return self.accelerator.prepare_model(module.to(self.device))
 
     def place_frozen(self, module: nn.Module) -> nn.Module:
         """A module that is only evaluated: on the device, and sharded where the policy is."""
+        if self.sharding == "zero3":
+            return zero.Zero3(module.to(self.device))
         if self.sharding == "fsdp2":
             # The root too: without a backward nothing else would ever give its shards back.
             return _shard(module, self._mesh(), reshard_root=True)
@@ -172,10 +244,15 @@ class Runtime:
         Wrappers average over processes, so it is scaled up.
         """
         loss = loss * self.size
+        if self._engine is not None:
+            self._engine.backward(loss)
+            return
         (loss if self.scaler is None else self.scaler.scale(loss)).backward()
 
     def clip(self, parameters: Sequence[nn.Parameter], max_norm: float) -> Tensor:
         """Scale gradients down to `max_norm`; returns the norm before, a device scalar."""
+        if self._engine is not None:
+            return zero.clip(parameters, max_norm)
         gradients = [p.grad for p in parameters if p.grad is not None]
         norm = torch.nn.utils.get_total_norm(gradients)
         norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
@@ -228,8 +305,8 @@ def _refuse_engines() -> None:
             raise ConfigError(
                 f"This run was launched with {engine}, which runs backward, clipping and update "
                 "itself and scales the loss by its own rules. Launch with --multi_gpu (or "
-                "configs/launch/8_gpus.yaml) and write trainer.sharding='fsdp2': like ZeRO-3 it "
-                "shards weights, gradients and optimizer state over all processes."
+                "configs/launch/8_gpus.yaml) and write trainer.sharding='fsdp2' or 'zero3', which "
+                "shard weights, gradients and optimizer state over all processes."
             )
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Any, final
 
 import torch
@@ -59,18 +60,17 @@ class Trainer:
             )
         self.learning_rate = rate
         self.total_steps = self._total_steps()
-        self.modules = {
-            name: self.runtime.wrap(module) for name, module in objective.trainable.modules.items()
-        }
+        modules = objective.trainable.modules
+        if not any(p.requires_grad for module in modules.values() for p in module.parameters()):
+            raise ConfigError(
+                "Nothing is trained: no parameter of the objective requires a gradient."
+            )
+        make = partial(make_optimizer, options=options, learning_rate=rate)
+        self.modules, self.optimizer = self.runtime.engage(modules, make)
         for name, module in self.modules.items():
             objective.trainable.replace(name, module)
         objective.prepare(self.runtime)
         self.parameters = dict(self._named_parameters())
-        if not self.parameters:
-            raise ConfigError(
-                "Nothing is trained: no parameter of the objective requires a gradient."
-            )
-        self.optimizer = make_optimizer(list(self.parameters.values()), options, rate)
         self.step = 0
         self.skipped_steps = 0
         self._pending: dict[str, tuple[Tensor, Tensor]] = {}
@@ -222,8 +222,11 @@ class Trainer:
         return {
             "step": self.step,
             "skipped_steps": self.skipped_steps,
-            "parameters": {n: self.runtime.whole(p.detach()) for n, p in self.parameters.items()},
-            "optimizer": self._optimizer_state(),
+            "parameters": {n: self.runtime.whole(p) for n, p in self.parameters.items()},
+            "optimizer": {
+                n: self.runtime.optimizer_state(self.optimizer, p)
+                for n, p in self.parameters.items()
+            },
             "pending": self._pending_state(),
             "objective": self.objective.state_dict(),
             "source": self.source.state_dict(),
@@ -235,15 +238,6 @@ class Trainer:
         return {
             name: self.runtime.sum(torch.stack(pair).double())
             for name, pair in sorted(self._pending.items())
-        }
-
-    def _optimizer_state(self) -> dict[str, dict[str, Any]]:
-        return {
-            name: {
-                key: self.runtime.whole(value) if isinstance(value, Tensor) else value
-                for key, value in self.optimizer.state.get(parameter, {}).items()
-            }
-            for name, parameter in self.parameters.items()
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -260,10 +254,11 @@ class Trainer:
                 "only in "
                 'one of them. Use the same policy and adapter, or start anew with resume="never".'
             )
-        with torch.no_grad():
-            for name, parameter in self.parameters.items():
-                parameter.copy_(self.runtime.like(saved[name], parameter))
-        self._load_optimizer(state["optimizer"])
+        for name, parameter in self.parameters.items():
+            self.runtime.assign(parameter, saved[name])
+            if kept := state["optimizer"][name]:
+                self.runtime.load_optimizer_state(self.optimizer, parameter, kept)
+        self.runtime.renew(self.modules.values())
         self.step = state["step"]
         self.skipped_steps = state["skipped_steps"]
         self._pending = {}
@@ -275,22 +270,6 @@ class Trainer:
         self.source.load_state_dict(state["source"])
         if self.runtime.scaler is not None and state["scaler"]:
             self.runtime.scaler.load_state_dict(state["scaler"])
-
-    def _load_optimizer(self, saved: Mapping[str, Mapping[str, Any]]) -> None:
-        for name, parameter in self.parameters.items():
-            if not saved[name]:
-                continue
-            self.optimizer.state[parameter] = {
-                key: self._place(value, parameter) for key, value in saved[name].items()
-            }
-
-    def _place(self, value: Any, parameter: nn.Parameter) -> Any:
-        """An optimizer's tensor as its parameter is placed; its step counter stays whole."""
-        if not isinstance(value, Tensor):
-            return value
-        if value.shape == parameter.shape and value.is_floating_point():
-            return self.runtime.like(value, parameter.detach()).to(value.dtype)
-        return value.to(parameter.device)
 
 
 def _some(items: list[Any], limit: int = 16) -> str:

@@ -81,20 +81,38 @@ def check_hardware(trainer: TrainerOptions, modality: str | None) -> None:
             "trainer.channels_last=True lays out convolutions, of which text policies have none. "
             "Leave channels_last out."
         )
-    if trainer.sharding == "fsdp2" and trainer.optimizer != "adamw":
+    if trainer.sharding != "none":
+        _check_sharding(trainer, modality)
+
+
+def _check_sharding(trainer: TrainerOptions, modality: str | None) -> None:
+    """What shards cannot be given to."""
+    sharding = trainer.sharding
+    if modality == "image":
         raise ConfigError(
-            f"trainer.sharding='fsdp2' shards the state of optimizer='adamw' only; got "
+            f"trainer.sharding={sharding!r} is for text policies only: an SDXL pipeline fits one "
+            "device, and its UNet is not sharded. Leave sharding out; several processes train "
+            "with DDP."
+        )
+    if trainer.optimizer != "adamw":
+        raise ConfigError(
+            f"trainer.sharding={sharding!r} shards the state of optimizer='adamw' only; got "
             f"optimizer={trainer.optimizer!r}. Write optimizer='adamw', or leave sharding out."
         )
-    if trainer.sharding == "fsdp2" and trainer.precision == "fp16":
+    if trainer.precision == "fp16":
         raise ConfigError(
             "trainer.precision='fp16' scales gradients by a factor on which shards cannot agree; "
-            "got sharding='fsdp2'. Write precision='bf16' or 'fp32', or leave sharding out."
+            f"got sharding={sharding!r}. Write precision='bf16' or 'fp32', or leave sharding out."
         )
-    if trainer.sharding == "fsdp2" and modality == "image":
+    if sharding == "zero3" and trainer.compile:
         raise ConfigError(
-            "trainer.sharding='fsdp2' is for text policies only: an SDXL pipeline fits one device, "
-            "and its UNet is not sharded. Leave sharding out; several processes train with DDP."
+            "trainer.compile=True compiles blocks, whose weights sharding='zero3' gathers layer by "
+            "layer while they run. Write sharding='fsdp2', or leave compile out."
+        )
+    if sharding == "zero3" and find_spec("deepspeed") is None:
+        raise ConfigError(
+            "trainer.sharding='zero3' needs the package deepspeed, which is not installed. Run pip "
+            "install 'alignkit[deepspeed]', or write sharding='fsdp2', which shards the same."
         )
 
 

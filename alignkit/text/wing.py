@@ -16,6 +16,7 @@ from alignkit.capabilities import Sampled, SampledAnswer
 from alignkit.columns import check_kind
 from alignkit.mixtures import Mixture
 from alignkit.options import GenerationOptions, LoRA, TextOptions
+from alignkit.placed import size_of
 from alignkit.protocols import Collective, Wing
 from alignkit.rows import read_rows
 from alignkit.stream import open_stream
@@ -249,8 +250,8 @@ class TextWing:
         base = base_of(self.policy)
         return {
             "class": type(base).__name__,
-            "parameters": sum(p.numel() for p in parameters),
-            "trained parameters": sum(p.numel() for p in parameters if p.requires_grad),
+            "parameters": sum(size_of(p) for p in parameters),
+            "trained parameters": sum(size_of(p) for p in parameters if p.requires_grad),
             "dtype": str(next(base.parameters()).dtype).removeprefix("torch."),
             "device": str(next(base.parameters()).device),
             **self.backend.facts(),

@@ -27,8 +27,10 @@ from alignkit import (
     GenerationOptions,
     LoRA,
     TrainerOptions,
+    zero,
 )
 from alignkit.api import build
+from alignkit.placed import is_zero, local, size_of
 from alignkit.run import Run
 from tests.builders import pair_rows, tiny_lm, tiny_tokenizer
 
@@ -105,6 +107,12 @@ def _lora(**changed: Any) -> Callable[[], dict[str, Any]]:
         "adapter": LoRA(rank=4),
         "trainer": trainer(micro_batch=2, **changed),
     }
+
+
+def _averaged() -> dict[str, Any]:
+    """Clipped, and evaluated, sampled and saved with the average of its weights."""
+    shaped = trainer(sharding="fsdp2", ema=0.5, max_grad_norm=0.1, eval_every=2)
+    return {"data": pair_rows(16), "eval_data": pair_rows(7), "trainer": shaped}
 
 
 def _image() -> Any:
@@ -197,6 +205,9 @@ CASES: Mapping[str, Case] = {
     "sharded_checkpointed": Case(
         _text("llama"), _plain(sharding="fsdp2", gradient_checkpointing=True)
     ),
+    "sharded_averaged": Case(_text("llama"), _averaged),
+    "sharded_half": Case(_text("llama"), _plain(sharding="fsdp2", precision="bf16")),
+    "sharded_half_lora": Case(_text("llama"), _lora(sharding="fsdp2", precision="bf16")),
     "image_full": Case(_image, _pictures(), DPO(beta=30.0)),
     "image_lora": Case(_image, _pictures(adapter=LoRA(rank=4)), DPO(beta=30.0)),
 }
@@ -232,6 +243,7 @@ def play(
     resume: str = "auto",
     run_dir: Path | None = None,
     alone: bool = False,
+    sharding: str | None = None,
 ) -> None:
     """Train the case and write what this process saw below `folder`.
 
@@ -242,12 +254,15 @@ def play(
         resume: as `align` takes it.
         run_dir: instead of `folder / "run"`.
         alone: one process, which does not shard.
+        sharding: instead of the case's.
     """
+    if alone:
+        sharding = "none"
     with ExitStack() as stack:
         if (logits := CASES[name].logits) is not None:
             chunks = {"LOGITS": 0, "CHUNK": {"cpu": logits}}
             stack.enter_context(patch.multiple("alignkit.text.head", **chunks))
-        _play(name, folder, stop_after, resume, run_dir, alone)
+        _play(name, folder, stop_after, resume, run_dir, sharding)
 
 
 def _play(
@@ -256,12 +271,12 @@ def _play(
     stop_after: int | None,
     resume: str,
     run_dir: Path | None,
-    alone: bool,
+    sharding: str | None,
 ) -> None:
     case, image = CASES[name], name.startswith("image")
     arguments = case.arguments()
-    if alone:
-        arguments["trainer"] = replace(arguments["trainer"], sharding="none")
+    if sharding is not None:
+        arguments["trainer"] = replace(arguments["trainer"], sharding=sharding)
     folder.mkdir(parents=True, exist_ok=True)
     if isinstance(arguments.get("reference"), CachedReference):
         arguments["reference"] = CachedReference(folder=folder / "numbers")
@@ -292,12 +307,21 @@ def _watch_gradients(run: Run) -> dict[str, Tensor]:
 
     def watching(parameters: Any, max_norm: float) -> Tensor:
         for name, parameter in zip(names, parameters, strict=True):
-            if parameter.grad is not None:
-                seen[f"{run.trainer.step + 1}|{name}"] = whole(parameter.grad).clone()
+            if (gradient := _gradient(parameter)) is not None:
+                seen[f"{run.trainer.step + 1}|{name}"] = gradient.clone()
         return clip(parameters, max_norm)
 
     run.runtime.clip = watching  # type: ignore[method-assign]
     return seen
+
+
+def _gradient(parameter: Any) -> Tensor | None:
+    if is_zero(parameter):
+        from deepspeed.utils import safe_get_full_grad
+
+        return safe_get_full_grad(parameter)
+    gradient = parameter.grad
+    return gradient.full_tensor() if isinstance(gradient, DTensor) else gradient
 
 
 def whole(tensor: Tensor) -> Tensor:
@@ -306,7 +330,10 @@ def whole(tensor: Tensor) -> Tensor:
 
 def _write(run: Run, gradients: Mapping[str, Tensor], folder: Path) -> None:
     parameters = run.trainer.parameters
-    weights = {name: whole(p.detach()) for name, p in parameters.items()}
+    weights = {
+        name: zero.gathered(p) if is_zero(p) else whole(p.detach())
+        for name, p in parameters.items()
+    }
     objective: Any = run.trainer.objective
     reference = getattr(getattr(objective, "reference", None), "module", None)
     told = {
@@ -330,6 +357,6 @@ def _placement(module: nn.Module) -> dict[str, tuple[bool, int, int]]:
     """Name -> (sharded, elements, elements held here) of every parameter."""
     found = {}
     for name, p in module.named_parameters():
-        local = p.to_local() if isinstance(p, DTensor) else p
-        found[name] = (isinstance(p, DTensor), p.numel(), local.numel())
+        sharded = isinstance(p, DTensor) or is_zero(p)
+        found[name] = (sharded, size_of(p), local(p).numel())
     return found

@@ -84,6 +84,41 @@ def not_finite(folder: str, poisoned: int) -> None:
     (out / f"rank{os.environ['RANK']}.json").write_text(json.dumps(message))
 
 
+class TwoTables(torch.nn.Module):
+    """Of which a forward reads one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tables = torch.nn.ModuleList(torch.nn.Linear(3, 1, bias=False) for _ in range(2))
+
+    def shard_units(self) -> list[torch.nn.Module]:
+        return list(self.tables)
+
+    def forward(self, which: int) -> torch.Tensor:
+        return self.tables[which](torch.ones(3)).sum()
+
+
+def unreached(folder: str) -> None:
+    """ZeRO-3: a table's gradient in a step that reads it, and in the next, which does not."""
+    from alignkit.runtime import Runtime
+    from alignkit.zero import gradient_of
+
+    runtime = Runtime(sharding="zero3")
+    given = {"policy": TwoTables()}
+    modules, optimizer = runtime.engage(given, lambda found: torch.optim.AdamW(found, fused=True))
+    first, seen = given["policy"].tables[0].weight, []
+    for which in (0, 1):
+        with runtime.last_backward(modules.values(), last=True):
+            runtime.backward(modules["policy"](which))
+        runtime.clip(list(given["policy"].parameters()), 1.0)
+        seen.append(float(gradient_of(first).norm()))
+        optimizer.step()
+        optimizer.zero_grad()
+    out = Path(folder)
+    out.mkdir(parents=True, exist_ok=True)
+    (out / f"rank{runtime.rank}.txt").write_text(" ".join(map(str, seen)))
+
+
 def main() -> None:
     torch.set_num_threads(1)
     for task in json.loads(Path(sys.argv[1]).read_text()):

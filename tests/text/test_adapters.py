@@ -250,5 +250,5 @@ def test_engines_that_own_the_update_are_refused(engine, monkeypatch) -> None:
     from alignkit.runtime import Runtime
 
     monkeypatch.setenv(f"ACCELERATE_USE_{engine}", "true")
-    with pytest.raises(ConfigError, match="sharding='fsdp2': like ZeRO-3"):
+    with pytest.raises(ConfigError, match="sharding='fsdp2' or 'zero3', which shard"):
         Runtime()
