@@ -60,8 +60,8 @@ class TrainerOptions:
             Early on it forgets faster: min(ema, (1 + step) / (10 + step)).
         channels_last: convolutions with channels innermost in memory, as fast GPU kernels want
             them. "auto" does so for images on GPUs. Images only.
-        sharding: what is trained, and frozen references with it, sharded over the processes: "fsdp2"
-            by torch, "zero3" by DeepSpeed. Text only; neither run on real hardware.
+        sharding: what is trained, and frozen references, sharded over the processes: "fsdp2" by
+            torch, "zero3" by DeepSpeed. Text only; neither run on real hardware.
         save_every: steps between checkpoints; None saves none but the finished model.
         keep_best: name of an evaluation metric, such as "eval/rewards/accuracies"; the best
             checkpoint is kept beside the newest ones.

@@ -15,7 +15,7 @@ from torch.distributed.tensor import DTensor
 def local(tensor: Tensor) -> Tensor:
     """What this process holds of a tensor, in memory that both share; all of a whole one."""
     if isinstance(tensor, DTensor):
-        return tensor.detach().to_local()
+        return tensor.to_local().detach()
     return getattr(tensor, "ds_tensor", tensor).detach()
 
 

@@ -20,7 +20,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from alignkit import zero
+from alignkit import fsdp, zero
 from alignkit.errors import ConfigError
 from alignkit.placed import is_zero, local
 
@@ -127,7 +127,7 @@ class Runtime:
         if is_zero(tensor):
             gathered = zero.gathered(tensor)
         elif isinstance(tensor, DTensor):
-            gathered = tensor.detach().full_tensor()
+            gathered = tensor.full_tensor()
         else:
             return tensor.detach()
         return gathered.cpu() if self.is_main else gathered.new_empty(0)
@@ -168,11 +168,9 @@ class Runtime:
         self, optimizer: Any, parameter: nn.Parameter, saved: Mapping[str, Any]
     ) -> None:
         if isinstance(optimizer, zero.Zero3Optimizer):
-            optimizer.load_state_of(parameter, saved)
-        else:
-            optimizer.state[parameter] = {
-                key: self._place(value, parameter) for key, value in saved.items()
-            }
+            return optimizer.load_state_of(parameter, saved)
+        placed = {key: self._place(value, parameter) for key, value in saved.items()}
+        optimizer.state[parameter] = placed
 
     def _place(self, value: Any, parameter: nn.Parameter) -> Any:
         """An optimizer's tensor as its parameter is placed; its step counter stays whole."""
@@ -203,16 +201,15 @@ class Runtime:
             self._engine = zero.Zero3(module.to(self.device), make)
             return {name: self._engine}, zero.Zero3Optimizer(self._engine)
         found = {name: self.wrap(module) for name, module in modules.items()}
-        return found, make(
-            [p for module in found.values() for p in module.parameters() if p.requires_grad]
-        )
+        parameters = (p for module in found.values() for p in module.parameters())
+        return found, make([p for p in parameters if p.requires_grad])
 
     def wrap(self, module: nn.Module) -> nn.Module:
         """A module without its optimizer, replicated or sharded over the processes."""
         if self.sharding == "zero3":
             return zero.Zero3(module.to(self.device))
         if self.sharding == "fsdp2":
-            return _shard(module, self._mesh())
+            return fsdp.shard(module, self.device.type)
         return self.accelerator.prepare_model(module.to(self.device))
 
     def place_frozen(self, module: nn.Module) -> nn.Module:
@@ -221,11 +218,8 @@ class Runtime:
             return zero.Zero3(module.to(self.device))
         if self.sharding == "fsdp2":
             # The root too: without a backward nothing else would ever give its shards back.
-            return _shard(module, self._mesh(), reshard_root=True)
+            return fsdp.shard(module, self.device.type, reshard_root=True)
         return module.to(self.device)
-
-    def _mesh(self) -> Any:
-        return dist.device_mesh.init_device_mesh(self.device.type, (self.size,))
 
     @contextmanager
     def last_backward(self, modules: Iterable[nn.Module], last: bool):  # type: ignore[no-untyped-def]
@@ -269,23 +263,6 @@ class Runtime:
             return int(torch.cuda.max_memory_allocated(self.device))
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         return peak if sys.platform == "darwin" else peak * 1024
-
-
-def _shard(module: nn.Module, mesh: Any, reshard_root: bool | None = None) -> nn.Module:
-    """FSDP2 on the blocks and then on the whole likelihood module, whose forward is the root.
-
-    `reshard_root`: whether the root is sharded again after its forward; None leaves it to torch,
-    which keeps it whole for the backward.
-    """
-    from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
-
-    units: list[nn.Module] = module.shard_units()  # type: ignore[operator]
-    for unit in units:
-        fully_shard(unit, mesh=mesh)
-    fully_shard(module, mesh=mesh, reshard_after_forward=reshard_root)
-    if hasattr(module, "within"):
-        register_fsdp_forward_method(module, "within")
-    return module
 
 
 _ENGINES = {

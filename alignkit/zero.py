@@ -140,7 +140,7 @@ class Zero3Optimizer:
         """What is kept of a parameter, whole; all processes must call it."""
         from deepspeed.utils import safe_get_full_optimizer_state
 
-        state = next(iter(self._states.values()), {})
+        state: dict[str, Any] = next(iter(self._states.values()), {})
         return {
             key: value if value.ndim == 0 else safe_get_full_optimizer_state(parameter, key)
             for key, value in state.items()
