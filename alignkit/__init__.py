@@ -21,7 +21,18 @@ from alignkit.errors import (
     DataError,
     NonFiniteError,
 )
-from alignkit.methods import DPO, KTO, SFT, RejectionSampling, methods
+from alignkit.methods import (
+    A2C,
+    DPO,
+    GRPO,
+    KTO,
+    PPO,
+    REINFORCE,
+    RLOO,
+    SFT,
+    RejectionSampling,
+    methods,
+)
 from alignkit.mixtures import Mixture
 from alignkit.options import (
     EarlyStop,
@@ -59,8 +70,13 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "A2C",
     "DPO",
+    "GRPO",
     "KTO",
+    "PPO",
+    "REINFORCE",
+    "RLOO",
     "SFT",
     "AdapterReference",
     "AlignResult",

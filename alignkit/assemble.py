@@ -21,6 +21,7 @@ from alignkit.protocols import Wing
 from alignkit.reference_bank import BankedReference
 from alignkit.references import model_of
 from alignkit.result import FinishedRun
+from alignkit.rollout_sources import rollout_sources_of
 from alignkit.rows import refuse_missing
 from alignkit.run import NUM_SAMPLES, Run, giving_back
 from alignkit.run_folder import RunFolder, environment
@@ -102,7 +103,8 @@ def _assemble_around(
     fingerprint = checkpoint.fingerprint(wing.backend.module)
     objective, resolved = build_objective(config, wing, runtime)
     options = resolve_data_options(config, wing.modality, wing.default_options)
-    source, eval_sources = sources_of(config, wing, options, objective, runtime)
+    make: Any = rollout_sources_of if config.method.online else sources_of
+    source, eval_sources = make(config, wing, options, objective, runtime)
     expect(config, objective, source, eval_sources)
     trainer = Trainer(
         objective, source, config.trainer, runtime=runtime, learning_rate=resolved["learning_rate"]

@@ -33,6 +33,30 @@ class Content(Protocol):
 
 
 @dataclass(frozen=True)
+class Experience:
+    """What was found out about N answers when the policy wrote them; on the CPU.
+
+    Attributes:
+        tokens: name -> (N, T), column t of the t-th token of an answer, right-padded. "mask" is
+            True where there is one that counts.
+        answers: name -> (N,), measured of whole answers; NaN is missing.
+        phase: name -> a number of the rollout as a whole.
+    """
+
+    tokens: Mapping[str, Tensor]
+    answers: Mapping[str, Tensor]
+    phase: Mapping[str, float]
+
+    def select(self, answers: Tensor) -> Experience:
+        """That of the answers at the given places."""
+        return replace(
+            self,
+            tokens={name: value[answers] for name, value in self.tokens.items()},
+            answers={name: value[answers] for name, value in self.answers.items()},
+        )
+
+
+@dataclass(frozen=True)
 class Batch:
     """N answers to G groups. Everything but `content` is small and stays on the CPU.
 
@@ -54,6 +78,7 @@ class Batch:
             with the answer of another prompt of the global batch. Same positions, row ids and
             weights.
         rows: the G source rows, for rewards and reports; None where nobody asked for them.
+        experience: of answers that the policy wrote itself, what was found out then.
     """
 
     content: Any
@@ -68,6 +93,7 @@ class Batch:
     score: Tensor | None = None
     mismatched: Batch | None = None
     rows: tuple[Mapping[str, Any], ...] | None = None
+    experience: Experience | None = None
 
     def __post_init__(self) -> None:
         num_groups = len(self.position)
@@ -111,6 +137,7 @@ class Batch:
             score=None if self.score is None else self.score[places],
             mismatched=None if self.mismatched is None else self.mismatched.select(groups),
             rows=None if self.rows is None else tuple(self.rows[g] for g in groups),
+            experience=None if self.experience is None else self.experience.select(places),
             **per_group,
         )
 
@@ -154,7 +181,9 @@ class Likelihood:
             Text: "token_logps", "token_mask"; "public", (N,) log-likelihood of the first k tokens
             of each answer, k the length of the shortest answer of its group; "alignment", (N,) mean
             over an answer's tokens of ln p(token) - ln sum_v p(v)^2, detached; "correct", (N,) how
-            many of its scored tokens are the likeliest at their place. Images: "error", "timestep";
+            many of its scored tokens are the likeliest at their place; "entropy", (N, T) of the
+            next token; "values", (N, T) of the state before each token. Images: "error",
+            "timestep";
             "overlap", (N,) mean over elements of an image's residual times that of the best-ranked
             image of its group, detached.
         work: what computing it took, as metrics: name -> (sum, count), numbers of the host. Text:

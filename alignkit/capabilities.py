@@ -99,6 +99,27 @@ class CountsTokens(Protocol):
 
 
 @runtime_checkable
+class Tempers(Protocol):
+    """A backend whose likelihoods can be those of answers sampled at another temperature than 1."""
+
+    def temper(self, temperature: float) -> None:
+        """From now on they are, the policy's and those of what was built beside it."""
+        ...
+
+
+@runtime_checkable
+class SharesTrunk(Protocol):
+    """A wing whose policy's own states a critic can read."""
+
+    def value_head(self) -> Any:
+        """A head of zeros on the policy's trunk, of which the likelihood gives the extra "values";
+        its attribute `apart` keeps its gradient from the trunk. Call it before the policy is
+        wrapped, and after the reference was copied.
+        """
+        ...
+
+
+@runtime_checkable
 class ScoresStates(Protocol):
     """A wing beside whose policy a model can stand that scores its answers, token by token."""
 

@@ -16,7 +16,7 @@ from alignkit.losses import (
     UnpairedLoss,
     weighted_sum,
 )
-from alignkit.methods import DPO, KTO, SFT, Method, Preference, modifiers
+from alignkit.methods import DPO, KTO, SFT, Method, Online, Preference, modifiers
 from alignkit.objectives.criterion import Criterion, OwnLoss
 from alignkit.objectives.kinds import PAIRS, UNPAIRED
 from alignkit.objectives.modifiers import Modifiers
@@ -122,6 +122,11 @@ def beta_of(loss: Loss | OwnLoss, method: Preference, modality: str) -> float:
 
 def describe(method: Method, modality: str) -> dict[str, Any]:
     """A method for the report: its loss, equation and paper, its numbers and modifiers."""
+    if isinstance(method, Online):
+        given = {"paper": method.paper, "kl_coef": method.kl_coef, **modifiers(method)}
+        told = given.pop("ptx_data", None)
+        beside = {"ptx_data": told} if isinstance(told, str) else {}
+        return {"name": method.name, **given, **beside}
     if isinstance(method, SFT):
         row = supervised_loss_of(method)
         told = {"loss": row.name, "equation": row.equation, "paper": row.paper}

@@ -12,7 +12,7 @@ from alignkit.errors import ConfigError
 from alignkit.examples import StreamedExamples
 from alignkit.mixtures import Mixture
 from alignkit.options import TextOptions
-from alignkit.parts import Built
+from alignkit.parts import Offline
 from alignkit.protocols import Wing
 from alignkit.runtime import Runtime
 from alignkit.sources import RowSource
@@ -27,7 +27,7 @@ Sources = tuple[RowSource | StreamSource, dict[str, RowSource]]
 
 
 def sources_of(
-    config: RunConfig, wing: Wing, options: Any, objective: Built, runtime: Runtime
+    config: RunConfig, wing: Wing, options: Any, objective: Offline, runtime: Runtime
 ) -> Sources:
     """The rows to train on, and the held-out sets by name."""
     common: dict[str, Any] = {
@@ -65,7 +65,7 @@ def _stream(
     config: RunConfig,
     wing: Any,
     options: TextOptions,
-    objective: Built,
+    objective: Offline,
     common: Mapping[str, Any],
 ) -> StreamSource:
     entries = [("", config.data, 1.0)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from collections.abc import Callable
 from functools import partial
 from importlib import import_module
 from pathlib import Path
@@ -15,9 +16,11 @@ from alignkit.cached import cached_reference
 from alignkit.config import RunConfig
 from alignkit.criteria import criterion_of, modifiers_of, supervised_loss_of
 from alignkit.errors import ConfigError
-from alignkit.methods import SFT, Preference
+from alignkit.methods import SFT, Online, Preference
+from alignkit.objectives.policy_gradient import PolicyGradientObjective
 from alignkit.objectives.preference import PreferenceObjective
 from alignkit.objectives.supervised import SupervisedObjective
+from alignkit.online import policy_gradient
 from alignkit.places import is_missing
 from alignkit.protocols import Wing
 from alignkit.reference import FrozenModel
@@ -53,7 +56,9 @@ SFT_RATES = {
 }
 """(modality, with adapter) -> the default peak learning rate of supervised fine-tuning."""
 
-Built = PreferenceObjective | SupervisedObjective
+Offline = PreferenceObjective | SupervisedObjective
+"""The objectives that learn from rows."""
+Built = Offline | PolicyGradientObjective
 """The objectives that a run can have."""
 
 
@@ -151,7 +156,7 @@ def build_wing(config: RunConfig, modality: str, runtime: Runtime) -> Wing:
     # Options of one modality's likelihood; on the other they were refused.
     options: dict[str, dict[str, Any]] = {
         "text": {"neftune_alpha": getattr(method, "neftune_alpha", None)},
-        "image": {name: getattr(method, name) for name in IMAGE_OPTIONS}
+        "image": {name: getattr(method, name, None) for name in IMAGE_OPTIONS}
         | {"channels_last": config.trainer.channels_last},
     }
     wing: Wing = import_module(MODALITIES[modality]).build(
@@ -204,8 +209,7 @@ def build_objective(
     config: RunConfig, wing: Wing, runtime: Runtime
 ) -> tuple[Built, dict[str, Any]]:
     """The objective, and the numbers that were filled in."""
-    make = _supervised if isinstance(config.method, SFT) else _preference
-    objective, told = make(config, wing, runtime)
+    objective, told = _maker(config.method)(config, wing, runtime)
     if config.trainer.compile:
         _compile(wing.backend.module)
     rate = config.trainer.learning_rate
@@ -221,6 +225,22 @@ def build_objective(
         "processes": runtime.size,
     }
     return objective, resolved
+
+
+def _maker(method: Any) -> Callable[[RunConfig, Wing, Runtime], tuple[Built, dict[str, Any]]]:
+    if isinstance(method, Online):
+        return _policy_gradient
+    return _supervised if isinstance(method, SFT) else _preference
+
+
+def _policy_gradient(
+    config: RunConfig, wing: Wing, runtime: Runtime
+) -> tuple[Built, dict[str, Any]]:
+    objective, told = policy_gradient(config, wing, _other_model(config, wing, runtime))
+    held = objective.reference
+    if config.trainer.compile and isinstance(held, FrozenModel):
+        _compile(held.module)
+    return objective, told
 
 
 def _router(config: RunConfig, wing: Wing) -> float:

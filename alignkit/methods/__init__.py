@@ -10,27 +10,38 @@ from collections.abc import Mapping
 from types import MappingProxyType
 
 from alignkit.methods.common import Timesteps, TimestepWeighting, modifiers
+from alignkit.methods.online import Online
+from alignkit.methods.policy_gradient import A2C, GRPO, PPO, REINFORCE, RLOO
 from alignkit.methods.preference import DPO, KTO, Divergence
 from alignkit.methods.rejection import RejectionSampling
 from alignkit.methods.supervised import SFT, LossOn
 
-Method = DPO | KTO | SFT | RejectionSampling
+PolicyGradient = PPO | A2C | REINFORCE | RLOO | GRPO
+"""The methods whose policy writes the answers that it learns from."""
+Method = DPO | KTO | SFT | RejectionSampling | PolicyGradient
 Preference = DPO | KTO
 """The methods whose losses compare policy and reference, or the answers of a row."""
 
 METHODS: Mapping[str, type[Method]] = MappingProxyType(
-    {cls.name: cls for cls in (DPO, KTO, SFT, RejectionSampling)}
+    {cls.name: cls for cls in (DPO, KTO, SFT, RejectionSampling, PPO, A2C, REINFORCE, RLOO, GRPO)}
 )
 """Name in YAML -> method."""
 
 __all__ = [
+    "A2C",
     "DPO",
+    "GRPO",
     "KTO",
     "METHODS",
+    "PPO",
+    "REINFORCE",
+    "RLOO",
     "SFT",
     "Divergence",
     "LossOn",
     "Method",
+    "Online",
+    "PolicyGradient",
     "Preference",
     "RejectionSampling",
     "TimestepWeighting",

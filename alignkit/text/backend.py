@@ -12,6 +12,7 @@ from alignkit.batches import Batch
 from alignkit.errors import ConfigError
 from alignkit.protocols import Key
 from alignkit.text.kernels import PLAIN, Call, chosen
+from alignkit.text.likelihood import TextLikelihood
 from alignkit.text.module import TextModule
 from alignkit.text.noise import EmbeddingNoise
 from alignkit.text.packing import PACKED, positions_of
@@ -51,6 +52,12 @@ class TextBackend:
         if self.neftune_alpha is None or key[1] == 0:
             return None
         return EmbeddingNoise.of(self.neftune_alpha, batch, key)
+
+    def temper(self, temperature: float) -> None:
+        """See `capabilities.Tempers`."""
+        for module in (self.module, *self.beside):
+            if isinstance(module, TextLikelihood):
+                module.head.temperature = temperature
 
     def choose(self, packing: str, attention: str = "auto") -> None:
         """Take up `TextOptions.packing` and `attention`, as far as the models allow.

@@ -55,6 +55,19 @@ class TextContent:
     def _scored(self, answers: Sequence[int]) -> tuple[np.ndarray, ...] | None:
         return None if self.scored is None else tuple(self.scored[a] for a in answers)
 
+    def answered(self, answers: Sequence[Sequence[Sequence[int]]]) -> TextContent:
+        """The prompts with other answers: of each group its answers' token ids."""
+        ids = [np.asarray(answer, dtype=np.int32) for group in answers for answer in group]
+        owner = tuple(place for place, group in enumerate(answers) for _ in group)
+        return TextContent(self.prompts, tuple(ids), owner, layout=self.layout)
+
+    def lengthened(self) -> TextContent:
+        """Every answer with a token more, whose place shows the state after the last one."""
+        assert self.scored is None, "answers that the policy wrote count in all their tokens"
+        more = np.zeros(1, dtype=np.int32)
+        longer = tuple(np.concatenate([answer, more]) for answer in self.completions)
+        return replace(self, completions=longer)
+
     def lengths(self) -> list[int]:
         """Tokens of each answer with its prompt."""
         return [

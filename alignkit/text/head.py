@@ -65,6 +65,38 @@ class TokenLogps(torch.autograd.Function):
         return found, None
 
 
+class TokenEntropy(torch.autograd.Function):
+    """H = -sum_v p(v) ln p(v), p = softmax(logits), in float32: (M,) of (M, V).
+
+    Kept for backward are the logits and two numbers per row:
+
+        d H / d logits = -p (ln p + H)
+    """
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor) -> Tensor:
+        lse = torch.empty(len(logits), dtype=torch.float32, device=logits.device)
+        found = torch.empty_like(lse)
+        for rows in _blocks(logits):
+            torch.logsumexp(logits[rows].float(), -1, out=lse[rows])
+            logps = logits[rows].float() - lse[rows, None]
+            # A logit of minus infinity is a token that cannot come, and adds nothing.
+            found[rows] = -(logps.exp() * logps.clamp(min=torch.finfo(logps.dtype).min)).sum(-1)
+        ctx.save_for_backward(logits, lse, found)
+        return found
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        logits, lse, entropy = ctx.saved_tensors
+        found = torch.empty_like(logits)
+        for rows in _blocks(logits):
+            logps = (logits[rows].float() - lse[rows, None]).clamp(min=torch.finfo().min)
+            slope = logps.exp() * (logps + entropy[rows, None])
+            found[rows] = (slope * -grad[rows, None]).to(found.dtype)
+        return found
+
+
 def _blocks(logits: Tensor) -> list[slice]:
     """Rows of a matrix, in blocks that fit the device's cache."""
     rows, size = logits.shape
@@ -90,6 +122,8 @@ Found = dict[str, Float[Tensor, " M"]]
 
 def score(logits: Float[Tensor, "M V"], targets: Int[Tensor, " M"], want: Collection[str]) -> Found:
     found = {"logps": TokenLogps.apply(logits, targets)}
+    if "entropy" in want:
+        found["entropy"] = TokenEntropy.apply(logits)
     if "alignment" in want:
         found["alignment"] = alignment_of(found["logps"], logits)
     if "correct" in want:
@@ -106,6 +140,7 @@ class Head:
     Attributes:
         splits: whether the model is its decoder and what comes after it, one after the other.
         vocabulary: how many logits there are.
+        temperature: what logits are divided by: the likelihood is that of answers sampled so.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -113,6 +148,7 @@ class Head:
         forward = inspect.signature(base_of(model).forward).parameters
         self.takes_places = "logits_to_keep" in forward
         self.vocabulary = 0
+        self.temperature = 1.0
         self.splits = self._compared()
 
     def __call__(
@@ -121,6 +157,7 @@ class Head:
         places: Int[Tensor, " M"],
         targets: Int[Tensor, " M"],
         want: Collection[str] = (),
+        value: nn.Module | None = None,
     ) -> Found:
         """What rows of tokens predict.
 
@@ -128,26 +165,35 @@ class Head:
             inputs: of the model: (R, T) ids, and what else it takes.
             places: of the flattened rows, in 0 .. R T - 1.
             targets: the tokens after them.
-            want: of "alignment" and "correct", what is wanted of them, too.
+            want: of "alignment", "correct", "entropy" and "values", what is wanted of them, too.
+            value: reads values off hidden states.
         """
         if not self.splits:
-            return score(self._whole(inputs, places), targets, want)
+            assert "values" not in want, "values are read off hidden states"
+            return score(self._tempered(self._whole(inputs, places)), targets, want)
         decoded = self._decoder(use_cache=False, **inputs)
         hidden = decoded.last_hidden_state.flatten(0, 1)[places]
 
         def part(hidden: Tensor, targets: Tensor) -> Found:
-            return score(self._after(decoded, hidden), targets, want)
+            return score(self._tempered(self._after(decoded, hidden)), targets, want)
 
+        values = {}
+        if "values" in want:
+            assert value is not None
+            values["values"] = value(hidden)
         step = self._step(len(targets), targets.device)
         if step >= len(targets):
-            return part(hidden, targets)
+            return part(hidden, targets) | values
         pieces = zip(hidden.split(step), targets.split(step), strict=True)
         if torch.is_grad_enabled():
             recomputed = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
             found = [recomputed(part, *piece) for piece in pieces]
         else:
             found = [part(*piece) for piece in pieces]
-        return {name: torch.cat([one[name] for one in found]) for name in found[0]}
+        return {name: torch.cat([one[name] for one in found]) for name in found[0]} | values
+
+    def _tempered(self, logits: Tensor) -> Tensor:
+        return logits if self.temperature == 1 else logits / self.temperature
 
     def _step(self, rows: int, device: torch.device) -> int:
         """Rows whose logits are made at a time; the same with and without gradients."""

@@ -23,8 +23,14 @@ from alignkit.text.module import TextModule, work_of
 from alignkit.text.noise import EmbeddingNoise, added
 from alignkit.text.packing import Placed, lay_out, stretches
 from alignkit.text.routing import Routers
+from alignkit.text.value import ValueHead
 
-EXTRAS = frozenset({"token_logps", "token_mask", "public", "alignment", "correct", "router"})
+EXTRAS = frozenset(
+    {
+        *("token_logps", "token_mask", "public", "alignment", "correct", "router"),
+        *("entropy", "values"),
+    }
+)
 
 
 class TextLikelihood(TextModule):
@@ -33,12 +39,16 @@ class TextLikelihood(TextModule):
     Args:
         model: a `PreTrainedModel` or `PeftModel` with a language-model head.
         autocast: the dtype to compute in, or None for the weights' own.
+
+    Attributes:
+        value: a head that reads values off the policy's own hidden states, or None.
     """
 
     def __init__(self, model: nn.Module, *, autocast: torch.dtype | None = None) -> None:
         super().__init__(model, autocast=autocast)
         self.head = Head(model)
         self.routers = Routers(model)
+        self.value: ValueHead | None = None
 
     def forward(
         self,
@@ -54,7 +64,8 @@ class TextLikelihood(TextModule):
         answer, k the shortest length in its group, so that `total` less it is the rest's (LD-DPO);
         "alignment" (N,), detached, the mean over an answer's tokens of ln p(token) -
         ln sum_v p(v)^2 (WPO); "correct" (N,), how many scored tokens are the likeliest at their
-        place; "router" (N,), the load-balancing loss of the batch's experts.
+        place; "router" (N,), the load-balancing loss of the batch's experts; "entropy" (N, K), of
+        the next token's distribution; "values" (N, K), of the state before each token.
         """
         unknown = want - EXTRAS
         if unknown:
@@ -73,7 +84,7 @@ class TextLikelihood(TextModule):
         routed = self.routers.recorded("router" in want)
         noise = self._noise(draw, batch, rows)
         with self._autocast(device), self._attention(rows), noise, routed:
-            found = self.head(self._inputs(rows), rows.predicts, rows.targets, want)
+            found = self.head(self._inputs(rows), rows.predicts, rows.targets, want, self.value)
         token_logps, mask = rows.table(found["logps"]), rows.mask()  # (N, K)
         made = {
             "token_logps": lambda: token_logps,
@@ -81,6 +92,8 @@ class TextLikelihood(TextModule):
             "public": lambda: public_logps(token_logps, mask, batch),
             "alignment": lambda: per_answer(rows, found["alignment"]) / rows.lengths.clamp(min=1),
             "correct": lambda: per_answer(rows, found["correct"]),
+            "entropy": lambda: rows.table(found["entropy"]),
+            "values": lambda: rows.table(found["values"]),
             "router": lambda: self.routers.loss(rows.attention()).expand(len(rows.lengths)),
         }
         return Likelihood(

@@ -37,6 +37,7 @@ from alignkit.text.policy import detach
 from alignkit.text.prompts import distinct_prompts, prompt_ids
 from alignkit.text.streamed import TextStream
 from alignkit.text.together import DTYPES, put_together
+from alignkit.text.value import ValueHead, read_values
 
 
 def build(
@@ -231,6 +232,10 @@ class TextWing:
                     model, self.tokenizer, prompts, options, keys, ends, together
                 )
             )
+
+    def value_head(self) -> ValueHead:
+        """See `capabilities.SharesTrunk`."""
+        return read_values(self.module)
 
     def scalar(self, init: str | Path = "policy", *, adapter: LoRA | None = None) -> TextBackend:
         """See `capabilities.ScoresStates`."""

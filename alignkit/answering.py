@@ -1,0 +1,147 @@
+"""The policy answers prompts and a reward scores the answers, over all processes.
+
+Every answer is drawn by its own key, (seed, rollout, place), so that neither batches nor processes
+change what is written. Each process writes and scores its share, and then knows all of them: they
+are small, and whatever is made of them is made on the whole rollout.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from alignkit.batches import Batch
+from alignkit.capabilities import SamplesTokens
+from alignkit.errors import DataError
+from alignkit.options import GenerationOptions
+from alignkit.protocols import Collective
+
+Scorer = Callable[[Sequence[Any], Sequence[str], Sequence[Any]], Mapping[str, Sequence[Any]]]
+"""(prompts, answers, rows) -> name -> scores, None where missing; "" is the total."""
+
+
+@dataclass(frozen=True)
+class Answers:
+    """Answers to a batch of prompts, all of them.
+
+    Attributes:
+        batch: the prompts' batch with its answers.
+        texts: as the reward saw them; those of this process.
+        share: the places of this process's answers.
+        ended: (N,) bool; the others were cut.
+        scores: name -> (N,) float32, NaN where missing; "" is the total.
+    """
+
+    batch: Batch
+    texts: tuple[str, ...]
+    share: range
+    ended: Tensor
+    scores: Mapping[str, Tensor]
+
+    def mask(self) -> Tensor:
+        """(N, T) bool, real tokens."""
+        lengths = torch.tensor(self.batch.content.scored_lengths())
+        return torch.arange(int(lengths.max()))[None] < lengths[:, None]
+
+
+class Writer:
+    """See the module.
+
+    Args:
+        wing: whose policy writes.
+        score: the reward.
+        options: how answers are sampled.
+        seed: of the draws.
+        sharded: the policy's weights are divided among the processes.
+    """
+
+    def __init__(
+        self,
+        wing: SamplesTokens,
+        score: Scorer,
+        options: GenerationOptions,
+        *,
+        seed: int,
+        sharded: bool = False,
+    ) -> None:
+        self.wing = wing
+        self.score = score
+        self.options = options
+        self.seed = seed
+        self.sharded = sharded
+
+    def answer(self, prompts: Batch, samples: int, number: int, processes: Collective) -> Answers:
+        """`samples` answers to each prompt.
+
+        Args:
+            prompts: of all processes.
+            samples: answers to each.
+            number: of the rollout; the key of its draws.
+            processes: the others.
+
+        Raises:
+            DataError: the reward failed, here or on another process.
+        """
+        num = prompts.num_groups * samples
+        rank, size = processes.rank, processes.size
+        share = range(rank * num // size, (rank + 1) * num // size)
+        own = self.wing.generate_tokens(
+            [prompts.content.prompts[place // samples] for place in share],
+            self.options,
+            keys=[(self.seed, number, place) for place in share],
+            together=processes if self.sharded else None,
+        )
+        rows = [(prompts.rows or ())[place // samples] for place in share]
+        asked = [row["prompt"] for row in rows]
+        texts = self.wing.answer_texts(asked, [one.ids for one in own])
+        scores = _agreed(lambda: self._scores(asked, texts, rows), processes)
+        ids = _gathered([one.ids for one in own], processes)
+        ended = processes.gather(torch.tensor([one.ended for one in own], dtype=torch.bool))
+        groups = [ids[start : start + samples] for start in range(0, num, samples)]
+        batch = replace(
+            prompts,
+            content=prompts.content.answered(groups),
+            group=torch.arange(prompts.num_groups).repeat_interleave(samples),
+            rank=torch.full((num,), -1),
+        )
+        held = {name: processes.gather(scores[name]) for name in sorted(scores)}
+        return Answers(batch, tuple(texts), share, ended, held)
+
+    def _scores(
+        self, asked: Sequence[Any], texts: Sequence[str], rows: Sequence[Any]
+    ) -> dict[str, Tensor]:
+        found = self.score(asked, texts, rows)
+        return {
+            name: torch.tensor(
+                [float("nan") if one is None else one for one in values], dtype=torch.float32
+            )
+            for name, values in found.items()
+        }
+
+
+def _agreed(ask: Callable[[], dict[str, Tensor]], processes: Collective) -> dict[str, Tensor]:
+    """What the reward says; a failure of one process is one of all, which would wait for it."""
+    error: Exception | None = None
+    found: dict[str, Tensor] = {}
+    try:
+        found = ask()
+    except Exception as raised:
+        error = raised
+    failed = processes.gather(torch.tensor([error is not None])).nonzero().flatten().tolist()
+    if error is not None:
+        raise error
+    if failed:
+        raise DataError(f"The reward failed on process {failed[0]}; its own message says where.")
+    return found
+
+
+def _gathered(ids: Sequence[Sequence[int]], processes: Collective) -> list[list[int]]:
+    """The token ids of all processes' answers, in their order."""
+    flat = torch.tensor([token for answer in ids for token in answer], dtype=torch.int64)
+    lengths = processes.gather(torch.tensor([len(answer) for answer in ids], dtype=torch.int64))
+    parts = processes.gather(flat).split(lengths.tolist())
+    return [part.tolist() for part in parts]
