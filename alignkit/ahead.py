@@ -12,6 +12,7 @@ from alignkit.cached import expect
 from alignkit.config import RunConfig, check, resolve_data_options
 from alignkit.data_sources import check_data, sources_of
 from alignkit.methods import Method
+from alignkit.objectives.policy_gradient import PolicyGradientObjective
 from alignkit.parts import build_objective, build_wing, modality_of
 from alignkit.reference_cache import StoredReference
 from alignkit.reference_options import CachedReference
@@ -65,6 +66,7 @@ def compute_ahead(config: RunConfig) -> CachedPass:
     wing = build_wing(config, modality, runtime)
     try:
         objective, _ = build_objective(config, wing, runtime)
+        assert not isinstance(objective, PolicyGradientObjective), "it has no cached reference"
         options = resolve_data_options(config, modality, wing.default_options)
         expect(config, objective, *sources_of(config, wing, options, objective, runtime))
         for name, module in objective.trainable.modules.items():

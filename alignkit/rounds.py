@@ -27,7 +27,7 @@ from alignkit.labeller import (
     nothing_preferred,
     write_rows,
 )
-from alignkit.methods import SFT, Method, Online, Preference, RejectionSampling
+from alignkit.methods import KTO, SFT, Method, Preference
 from alignkit.options import GenerationOptions, ImageOptions, LoRA, TextOptions, TrainerOptions
 from alignkit.parts import build_wing, modality_of
 from alignkit.protocols import PreferenceJudge, Reward
@@ -111,15 +111,10 @@ def align_rounds(
         run_dir=folder / "round-1",
         seed=seed,
     )
-    if isinstance(method, Online):
-        raise ConfigError(
-            f"{type(method).__name__} samples as it trains, and rounds sample before they do. Call "
-            "align(), or take DPO() with a loss of pairs or rankings."
-        )
     check(first, modality)
     if not isinstance(method, Preference) or criterion_of(method, modality).kind.rows == "unpaired":
-        others = {SFT: "demonstrations", RejectionSampling: "prompts"}
-        read = others.get(type(method), "single labelled ones")
+        others = {SFT: "demonstrations", KTO: "single labelled ones"}
+        read = others.get(type(method), "prompts")
         raise ConfigError(
             f"Rounds prefer answers to one another, and {type(method).__name__} reads {read}. Take "
             "DPO() with a loss of pairs or rankings."

@@ -157,7 +157,6 @@ class Head:
         places: Int[Tensor, " M"],
         targets: Int[Tensor, " M"],
         want: Collection[str] = (),
-        value: nn.Module | None = None,
     ) -> Found:
         """What rows of tokens predict.
 
@@ -165,11 +164,11 @@ class Head:
             inputs: of the model: (R, T) ids, and what else it takes.
             places: of the flattened rows, in 0 .. R T - 1.
             targets: the tokens after them.
-            want: of "alignment", "correct", "entropy" and "values", what is wanted of them, too.
-            value: reads values off hidden states.
+            want: of "alignment", "correct" and "entropy", what is wanted of them, too; or "hidden",
+                (M, H) the states that predict them.
         """
         if not self.splits:
-            assert "values" not in want, "values are read off hidden states"
+            assert "hidden" not in want, "this model's forward does not show them"
             return score(self._tempered(self._whole(inputs, places)), targets, want)
         decoded = self._decoder(use_cache=False, **inputs)
         hidden = decoded.last_hidden_state.flatten(0, 1)[places]
@@ -177,20 +176,17 @@ class Head:
         def part(hidden: Tensor, targets: Tensor) -> Found:
             return score(self._tempered(self._after(decoded, hidden)), targets, want)
 
-        values = {}
-        if "values" in want:
-            assert value is not None
-            values["values"] = value(hidden)
+        states = {"hidden": hidden} if "hidden" in want else {}
         step = self._step(len(targets), targets.device)
         if step >= len(targets):
-            return part(hidden, targets) | values
+            return part(hidden, targets) | states
         pieces = zip(hidden.split(step), targets.split(step), strict=True)
         if torch.is_grad_enabled():
             recomputed = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
             found = [recomputed(part, *piece) for piece in pieces]
         else:
             found = [part(*piece) for piece in pieces]
-        return {name: torch.cat([one[name] for one in found]) for name in found[0]} | values
+        return {name: torch.cat([one[name] for one in found]) for name in found[0]} | states
 
     def _tempered(self, logits: Tensor) -> Tensor:
         return logits if self.temperature == 1 else logits / self.temperature

@@ -26,11 +26,10 @@ from alignkit.text.routing import Routers
 from alignkit.text.value import ValueHead
 
 EXTRAS = frozenset(
-    {
-        *("token_logps", "token_mask", "public", "alignment", "correct", "router"),
-        *("entropy", "values"),
-    }
+    {"token_logps", "token_mask", "public", "alignment", "correct", "router", "entropy"}
 )
+VALUES = frozenset({"values"})
+"""What there is besides, where a critic reads the policy's states."""
 
 
 class TextLikelihood(TextModule):
@@ -67,10 +66,10 @@ class TextLikelihood(TextModule):
         place; "router" (N,), the load-balancing loss of the batch's experts; "entropy" (N, K), of
         the next token's distribution; "values" (N, K), of the state before each token.
         """
-        unknown = want - EXTRAS
-        if unknown:
+        known = EXTRAS if self.value is None else EXTRAS | VALUES
+        if unknown := want - known:
             raise ValueError(
-                f"The text likelihood has no extra {sorted(unknown)}; it has {sorted(EXTRAS)}."
+                f"The text likelihood has no extra {sorted(unknown)}; it has {sorted(known)}."
             )
         # Given back to its owner, the model may be in train mode again.
         with evaluating(self.model) if self.model.training else nullcontext():
@@ -84,7 +83,8 @@ class TextLikelihood(TextModule):
         routed = self.routers.recorded("router" in want)
         noise = self._noise(draw, batch, rows)
         with self._autocast(device), self._attention(rows), noise, routed:
-            found = self.head(self._inputs(rows), rows.predicts, rows.targets, want, self.value)
+            asked = want | {"hidden"} if VALUES & want else want
+            found = self.head(self._inputs(rows), rows.predicts, rows.targets, asked)
         token_logps, mask = rows.table(found["logps"]), rows.mask()  # (N, K)
         made = {
             "token_logps": lambda: token_logps,
@@ -93,7 +93,7 @@ class TextLikelihood(TextModule):
             "alignment": lambda: per_answer(rows, found["alignment"]) / rows.lengths.clamp(min=1),
             "correct": lambda: per_answer(rows, found["correct"]),
             "entropy": lambda: rows.table(found["entropy"]),
-            "values": lambda: rows.table(found["values"]),
+            "values": lambda: rows.table(self._values(found["hidden"])),
             "router": lambda: self.routers.loss(rows.attention()).expand(len(rows.lengths)),
         }
         return Likelihood(
@@ -102,6 +102,11 @@ class TextLikelihood(TextModule):
             extras={name: made[name]() for name in want},
             work=work_of(batch.content, rows.host),
         )
+
+    def _values(self, hidden: Float[Tensor, "M H"]) -> Float[Tensor, " M"]:
+        assert self.value is not None
+        values: Tensor = self.value(hidden)
+        return values
 
     def _noise(
         self, draw: EmbeddingNoise | None, batch: Batch, rows: Placed

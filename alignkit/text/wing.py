@@ -234,7 +234,6 @@ class TextWing:
             )
 
     def value_head(self) -> ValueHead:
-        """See `capabilities.SharesTrunk`."""
         return read_values(self.module)
 
     def scalar(self, init: str | Path = "policy", *, adapter: LoRA | None = None) -> TextBackend:
