@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from types import SimpleNamespace
@@ -17,8 +17,10 @@ from alignkit.objectives.policy_gradient import PolicyGradientObjective
 from alignkit.online import controller_of
 from alignkit.options import TextOptions
 from alignkit.reward_names import name_of, reward_of
+from alignkit.rewards import bind
 from alignkit.rollouts import RolloutSource
 from alignkit.runtime import Runtime
+from alignkit.scoring import scores_of
 from alignkit.sources import RowSource
 from alignkit.stream_source import StreamSource
 
@@ -45,6 +47,7 @@ def rollout_sources_of(
     """The source that trains, and the held-out prompts by name."""
     method: Any = config.method
     reward = reward_of(config.reward, wing.modality, device=str(runtime.device))
+    bind(reward, runtime)
     writer = Writer(
         wing,
         partial(scores_of, reward, name_of(config.reward, reward)),
@@ -129,16 +132,3 @@ def _beside(config: RunConfig, wing: Any, options: Any, runtime: Runtime) -> Row
             processes=runtime,
         )
     )
-
-
-def scores_of(
-    reward: Any, name: str, prompts: Sequence[Any], answers: Sequence[Any], rows: Sequence[Any]
-) -> Mapping[str, Sequence[Any]]:
-    """Scores by name, "" for the total."""
-    found = reward(prompts, answers, rows)
-    if not isinstance(found, Mapping):
-        return {"": list(found)}
-    totals = [
-        None if None in values else sum(values) for values in zip(*found.values(), strict=True)
-    ]
-    return {"": totals, **found}
