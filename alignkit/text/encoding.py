@@ -1,7 +1,8 @@
 """Token ids of rendered rows, exactly those of the tokenizer's own call, without its overhead.
 
-Each distinct text is encoded once, in one batch. A conversation's prompt is encoded once for all of
-its answers: texts are cut behind a special token, where no tokenizer looks across.
+Each distinct text is encoded once, in one batch, and a prompt once for all of its answers: texts
+are cut where the tokenizer does not look across, in conversations behind a special token, in plain
+text between two words (words.py).
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import numpy as np
 
 from alignkit.text.content import Ids
 from alignkit.text.formats import Rendered
+from alignkit.text.words import WORD_END, frame
 
 TokensOf = Mapping[tuple[str, bool], Ids]
 """(text, rendered by a chat template) -> its ids."""
@@ -37,6 +39,7 @@ class Encoder:
         self._core = _core_of(tokenizer)
         self._cuts = _cuts_of(tokenizer) if self._core is not None else {}
         self._cut = re.compile(f"(?s:.*)({'|'.join(map(re.escape, self._cuts))})")
+        self._frame = frame(tokenizer) if self._core is not None else None
         self._proven = self._core is None
 
     def encode(self, rendered: Sequence[Rendered]) -> TokensOf:
@@ -47,7 +50,7 @@ class Encoder:
         for chat in (True, False):
             items = [item for item in rendered if item.chat == chat]
             # A chat template has placed BOS and EOS itself; adding them again would double them.
-            found = self._in_parts(items) if chat and self._cuts else {}
+            found = self._in_parts(items, chat=chat)
             rest = [text for text in _texts(items) if text not in found]
             found |= zip(rest, self._ids(rest, special=not chat), strict=True)
             tokens |= {(text, chat): ids for text, ids in found.items()}
@@ -60,15 +63,39 @@ class Encoder:
             texts = _texts(items)
             if not texts:
                 continue
-            expected = self._plainly(texts, special=not chat)
-            if not _agree(expected, self._ids(texts, special=not chat)):
-                self._core, self._cuts = None, {}
-            parts = self._in_parts(items) if chat and self._cuts else {}
-            known = dict(zip(texts, expected, strict=True))
-            if not _agree([known[text] for text in parts], parts.values()):
-                self._cuts = {}
+            expected = dict(zip(texts, self._plainly(texts, special=not chat), strict=True))
+            parts = self._in_parts(items, chat=chat)
+            if not _agree([expected[text] for text in parts], parts.values()):
+                self._cuts, self._frame, parts = {}, None, {}
+            rest = [text for text in texts if text not in parts]
+            found = self._ids(rest, special=not chat)
+            if not _agree([expected[text] for text in rest], found):
+                self._core, self._cuts, self._frame = None, {}, None
 
-    def _in_parts(self, items: Sequence[Rendered]) -> dict[str, Ids]:
+    def _in_parts(self, items: Sequence[Rendered], *, chat: bool) -> dict[str, Ids]:
+        """Whole texts from the ids of their parts, where the tokenizer allows it."""
+        if chat:
+            return self._behind_tokens(items) if self._cuts else {}
+        return self._between_words(items) if self._frame is not None else {}
+
+    def _between_words(self, items: Sequence[Rendered]) -> dict[str, Ids]:
+        """Plain texts cut before the last word of their prompt that allows it."""
+        assert self._frame is not None
+        cuts: list[tuple[str, str, str]] = []  # whole text, its head, the rest
+        for item in items:
+            found = None if item.prompt is None else WORD_END.match(item.prompt)
+            if found is not None:
+                head, prompt = found[0], str(item.prompt)
+                texts = (text for text in (prompt, *item.full) if text.startswith(prompt))
+                cuts += [(text, head, text[len(head) :]) for text in texts]
+        parts = list(dict.fromkeys(part for _, *both in cuts for part in both))
+        ids = dict(zip(parts, self._ids(parts, special=False), strict=True))
+        before, after = (np.array(side, dtype=np.int32) for side in self._frame)
+        return {
+            text: np.concatenate([before, ids[head], ids[rest], after]) for text, head, rest in cuts
+        }
+
+    def _behind_tokens(self, items: Sequence[Rendered]) -> dict[str, Ids]:
         """Conversations put together from the ids of their prompts and of what follows.
 
         A special token is taken out of a text before anything else looks at it, and its sides are

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import random
+from functools import partial
 from typing import Any
 
 import numpy as np
 import pytest
-from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers
+from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_tokenizers
 
 from alignkit.text.encoding import Encoder
 from alignkit.text.formats import Rendered, render_answers
+from alignkit.text.words import EXPRESSIONS
 from tests.builders import TEXT, tiny_tokenizer
 
 WORDS = [
@@ -21,6 +24,8 @@ WORDS = [
     " ",
     "fox's 123",
     "é😀",
+    "what the sky",
+    "I'll see\u0301 the 12 skies'",
 ]
 
 
@@ -56,6 +61,25 @@ def swallowing() -> Any:
     return tokenizer
 
 
+def by_expression(expression: str) -> Any:
+    """Words found as a published tokenizer finds them."""
+    tokenizer = tiny_tokenizer(bos=True)
+    steps = [
+        pre_tokenizers.Split(Regex(expression), "isolated"),
+        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+    ]
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(steps)
+    tokenizer.backend_tokenizer.normalizer = normalizers.NFC()
+    return tokenizer
+
+
+def by_digits() -> Any:
+    tokenizer = tiny_tokenizer()
+    steps = [pre_tokenizers.Digits(True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(steps)
+    return tokenizer
+
+
 TOKENIZERS = {
     "byte level": tiny_tokenizer,
     "with bos": lambda: tiny_tokenizer(bos=True),
@@ -63,6 +87,11 @@ TOKENIZERS = {
     "metaspace at the start": lambda: metaspace("first"),
     "metaspace everywhere": lambda: metaspace("always"),
     "swallowing blanks": swallowing,
+    "digits one by one": by_digits,
+    **{
+        f"expression {place}": partial(by_expression, one)
+        for place, one in enumerate(sorted(EXPRESSIONS))
+    },
 }
 
 
@@ -90,6 +119,7 @@ def test_ids_are_those_of_the_plain_call(name) -> None:
             assert found[text, item.chat].dtype == np.int32
     assert encoder._core is not None
     assert encoder._cuts
+    assert (encoder._frame is None) == name.startswith("metaspace")
 
 
 def test_a_prompt_is_encoded_once_for_all_its_answers() -> None:
@@ -116,6 +146,71 @@ def test_a_prompt_is_encoded_once_for_all_its_answers() -> None:
         "<|im_start|>assistant\nair<|im_end|>\n",
         "<|im_start|>assistant\nsky<|im_end|>\n",
     ]
+
+
+def test_a_plain_prompt_is_encoded_once_but_for_its_last_word() -> None:
+    tokenizer = tiny_tokenizer(bos=True)
+    encoder = Encoder(tokenizer)
+    encoder.encode([Rendered("a b", ("a b c",), chat=False)])
+    seen: list[str] = []
+    inner = encoder._ids
+    encoder._ids = lambda texts, *, special: seen.extend(texts) or inner(texts, special=special)
+    prompt = "why is the sky blue? "
+    item = Rendered(prompt, (prompt + "air", prompt + " no"), chat=False)
+    found = encoder.encode([item])
+    assert seen == ["why is the sky", " blue? ", " blue? air", " blue?  no"]
+    assert all(ids.tolist() == tokenizer(text)["input_ids"] for (text, _), ids in found.items())
+
+
+PIECES = [
+    "a",
+    "sky",
+    " ",
+    "  ",
+    "\n",
+    "'s",
+    "'",
+    "9",
+    "12",
+    "é",
+    "e\u0301",
+    "ß",
+    "。",
+    "<|im_end|>",
+]
+PIECES += [" the", "The", "\t", "x y", ".", "-", "😀", "<", "ll", "\u00a0", "\u0301"]
+
+
+@pytest.mark.parametrize("name", ["with bos", "expression 0", "expression 1", "expression 2"])
+def test_no_text_is_cut_where_it_matters(name) -> None:
+    tokenizer, draw = TOKENIZERS[name](), random.Random(0)
+
+    def text() -> str:
+        return "".join(draw.choices(PIECES, k=draw.randint(1, 12)))
+
+    items = []
+    for _ in range(500):
+        prompt = text()
+        items.append(Rendered(prompt, (prompt + text(), prompt + text()), chat=False))
+    found = Encoder(tokenizer).encode(items)
+    texts = [text for item in items for text in (item.prompt, *item.full)]
+    expected = tokenizer(texts, verbose=False)["input_ids"]
+    assert [found[text, False].tolist() for text in texts] == expected
+
+
+@pytest.mark.parametrize(
+    "token",
+    [
+        AddedToken("a b", special=False),
+        AddedToken("sky", lstrip=True, special=False),
+        AddedToken("sky", rstrip=True, special=False),
+    ],
+    ids=["across", "before", "behind"],
+)
+def test_added_tokens_that_take_blanks_forbid_cuts_between_words(token) -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_tokens([token])
+    assert Encoder(tokenizer)._frame is None
 
 
 class Odd:
