@@ -61,10 +61,14 @@ def precompute_reference(
     for start in range(0, len(examples), CHUNK):
         rows = range(start, min(start + CHUNK, len(examples)))
         batch = examples.collate(rows, [0] * len(rows))
+        found: list[tuple[int, int, float]] = []  # place in the batch, row, number
         for piece in wing.backend.split(batch, trainer.micro_batch):
             total = wing.backend.module(piece, None, frozenset()).total.tolist()
             for group, value in zip(piece.group.tolist(), total, strict=True):
-                table.setdefault(int(piece.row_id[group]), []).append(value)
+                found.append((int(piece.position[group]), int(piece.row_id[group]), value))
+        # By length within a batch, the two answers of a pair read as single ones change places.
+        for _, row, value in sorted(found, key=lambda one: one[0]):
+            table.setdefault(row, []).append(value)
     wing.release()
     if out is not None:
         _write(table, Path(out))

@@ -181,7 +181,7 @@ class TableReference(_Stateless):
 
     Args:
         table: row id -> the reference's log-likelihood of each answer of that row, in the order of
-            the row's answers (chosen, then rejected).
+            the row's answers (chosen, then rejected). A pair read as two single answers has two.
     """
 
     def __init__(self, table: Mapping[int, Sequence[float]]) -> None:
@@ -190,16 +190,19 @@ class TableReference(_Stateless):
     def log_likelihood(self, batch: Batch, draw: Draw, want: frozenset[str]) -> Likelihood:
         assert not want, f"a table holds totals only; asked for {sorted(want)}"
         sizes = torch.bincount(batch.group, minlength=batch.num_groups).tolist()
+        liked = [None] * batch.num_groups if batch.desirable is None else batch.desirable.tolist()
         values = [
             value
-            for row, size in zip(batch.row_id.tolist(), sizes, strict=True)
-            for value in self._values(row, size)
+            for row, size, one in zip(batch.row_id.tolist(), sizes, liked, strict=True)
+            for value in self._values(row, size, one)
         ]
         total = torch.tensor(values, dtype=torch.float32)
         return Likelihood(total, torch.ones_like(total))
 
-    def _values(self, row: int, size: int) -> Sequence[float]:
+    def _values(self, row: int, size: int, liked: bool | None) -> Sequence[float]:
         values = self.table.get(row)
+        if values is not None and size == 1 and len(values) == 2 and liked is not None:
+            return values[:1] if liked else values[1:]
         if values is None or len(values) != size:
             found = "nothing" if values is None else f"{len(values)} values"
             raise DataError(

@@ -1,8 +1,9 @@
 """A reference whose log-likelihoods are kept on disk and shared between runs.
 
 Ahead of training one pass computes what the run will ask for and the disk does not have: without
-gradient, in the order of length, many rows at a time. The model that trains is the reference at
-that moment, so no second one is ever held; and a run that finds all numbers evaluates none.
+gradient, many rows at a time, in windows that are sorted by length. The model that trains is the
+reference at that moment, so no second one is ever held; and a run that finds all numbers evaluates
+none.
 
 Or the numbers are computed when they are first asked for, in the layout of the policy's own
 micro-batch: equal weights then give equal bits, and the reference stays in memory.
@@ -11,8 +12,9 @@ micro-batch: equal weights then give equal bits, and the reference stays in memo
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -26,6 +28,9 @@ from alignkit.reference_store import ReferenceStore, Table, as_keys
 
 CHUNK = 512
 """Groups of like length that are put into micro-batches together."""
+
+WINDOW = 32 * CHUNK
+"""Groups that are put in the order of length: what a pass holds at a time of data of any size."""
 
 SECONDS = 10.0
 """Between two shards: what a killed pass does again."""
@@ -78,32 +83,51 @@ class StoredReference:
 
     @torch.no_grad()
     def _compute_ahead(self, upcoming: Callable[[], Iterable[Batch]], want: frozenset[str]) -> None:
-        groups = self._missing(upcoming(), want)
-        if not groups:
+        windows = self._missing(upcoming(), want)
+        first = next(windows, None)
+        if first is None:
             return
-        runtime = self.runtime
         backend, reference = self.at_start()
-        reference.prepare(runtime)
-        own = groups[runtime.rank :: runtime.size]
-        # As many everywhere: sharded forwards talk to each other, and so does `_share`.
-        num = -(-len(groups) // runtime.size)
-        bar = tqdm(total=len(groups), desc="reference", unit="row", disable=not runtime.is_main)
-        with bar:
-            for start in range(0, num, CHUNK):
-                chunk = own[start : start + CHUNK]
-                pieces = backend.split(_batch(chunk or groups[:1]), self.budget)
-                self._evaluate(pieces, reference, want)
-                bar.update(min(CHUNK * runtime.size, len(groups) - bar.n))
-                if runtime.max(int(time.monotonic() - self._saved_at > SECONDS)):
-                    self._save_together()
-            self._save_together()
+        reference.prepare(self.runtime)
+        with tqdm(total=0, desc="reference", unit="row", disable=not self.runtime.is_main) as bar:
+            for groups in chain([first], windows):
+                bar.total += len(groups)
+                self._compute(groups, backend, reference, want, bar)
         # FSDP2 keeps its root whole after a forward; its optimizer must be given the shards.
         if hasattr(backend.module, "reshard"):
             backend.module.reshard()  # type: ignore[operator]
 
-    def _missing(self, batches: Iterable[Batch], want: frozenset[str]) -> list[_Group]:
-        """The groups that lack a number, the longest first: what does not fit shows at once."""
-        found, seen = [], set()
+    def _compute(
+        self,
+        groups: list[_Group],
+        backend: Backend,
+        reference: Reference,
+        want: frozenset[str],
+        bar: Any,
+    ) -> None:
+        """The numbers of one window, which all processes know afterwards."""
+        runtime, done = self.runtime, 0
+        own = groups[runtime.rank :: runtime.size]
+        # As many everywhere: sharded forwards talk to each other, and so does `_save_together`.
+        num = -(-len(groups) // runtime.size)
+        for start in range(0, num, CHUNK):
+            chunk = own[start : start + CHUNK]
+            pieces = backend.split(_batch(chunk or groups[:1]), self.budget)
+            self._evaluate(pieces, reference, want)
+            step = min(CHUNK * runtime.size, len(groups) - done)
+            done += step
+            bar.update(step)
+            if runtime.max(int(time.monotonic() - self._saved_at > SECONDS)):
+                self._save_together()
+        self._save_together()
+
+    def _missing(self, batches: Iterable[Batch], want: frozenset[str]) -> Iterator[list[_Group]]:
+        """Windows of groups that lack a number, the longest first: what does not fit shows early.
+
+        A window is looked for when those before it are computed. All processes find the same.
+        """
+        found: list[_Group] = []
+        seen: set[tuple[bytes, ...]] = set()
         for whole in batches:
             for batch in (whole, whole.mismatched):
                 if batch is None:
@@ -117,7 +141,11 @@ class StoredReference:
                 }
                 seen |= set(answers)
                 found += _groups(batch, sorted(lacking))
-        return sorted(found, key=lambda group: -group.longest)
+            if len(found) >= WINDOW:
+                yield sorted(found, key=lambda group: -group.longest)
+                found, seen = [], set()
+        if found:
+            yield sorted(found, key=lambda group: -group.longest)
 
     def _evaluate(
         self, pieces: Sequence[Batch], reference: Reference, want: frozenset[str]

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from alignkit import (
     DPO,
+    KTO,
     AdapterReference,
     ConfigError,
     DataError,
@@ -20,6 +21,7 @@ from alignkit import (
     LoRA,
     PrecomputedReference,
     SyncedReference,
+    TextOptions,
     TrainerOptions,
     build,
     precompute_reference,
@@ -261,6 +263,22 @@ def test_a_table_serves_rankings_too() -> None:
     )
     for record, other in zip(mine, theirs, strict=True):
         assert record.loss == pytest.approx(other.loss, abs=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["pairs", "unpaired"])
+def test_a_table_serves_pairs_that_are_read_as_single_answers(kind) -> None:
+    method, rows = KTO(loss="bco"), pair_rows(8)
+    # Padded and sorted by length, where the pass takes answers in another order than the rows.
+    options = TextOptions(packing="bucket")
+    table = precompute_reference(text_policy(), rows, kind=kind, data_options=options)
+    references = (PrecomputedReference(table), "frozen")
+    mine, theirs = (
+        list(build(text_policy(), method, rows, reference=one, trainer=FEW).steps())
+        for one in references
+    )
+    for record, other in zip(mine, theirs, strict=True):
+        assert record.loss == pytest.approx(other.loss, abs=1e-5)
+        assert record.grad_norm == pytest.approx(other.grad_norm, rel=1e-4)
 
 
 def test_a_table_without_a_row_of_the_data_is_refused() -> None:

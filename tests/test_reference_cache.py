@@ -31,9 +31,11 @@ from alignkit import (
     TextOptions,
     TrainerOptions,
     build,
+    cache_reference,
 )
 from alignkit.identity import weights_digest
 from alignkit.reference import FrozenModel
+from alignkit.reference_cache import StoredReference
 from alignkit.reference_store import MANY, ReferenceStore, Table, as_keys
 from alignkit.text.content import TextContent
 from alignkit.text.likelihood import TextLikelihood
@@ -297,6 +299,26 @@ def test_a_resumed_run_needs_no_pass_and_ends_alike(forwards, tmp_path) -> None:
             run.folder.unlock()
         told[name] = [line["loss"] for line in run.history]
     assert told["resumed"] == told["whole"] and forwards == [0]
+
+
+def test_a_pass_holds_a_window_of_the_rows_at_a_time(forwards, monkeypatch) -> None:
+    """Streamed rows, repeated by a second epoch: each is computed once, window by window."""
+    held = []
+    compute = StoredReference._compute
+
+    def watched(self: Any, groups: list[Any], *more: Any) -> None:
+        held.append([group.longest for group in groups])
+        compute(self, groups, *more)
+
+    monkeypatch.setattr(StoredReference, "_compute", watched)
+    monkeypatch.setattr("alignkit.reference_cache.WINDOW", 4)
+    options = TextOptions(streaming=True, shuffle_buffer=5)
+    trainer = TrainerOptions(max_steps=8, batch_size=2)
+    given = {"reference": CachedReference(), "data_options": options, "trainer": trainer}
+    found = cache_reference(policy(), DPO(), pair_rows(9), **given)
+    assert found.computed == found.known == 18
+    assert [len(one) for one in held] == [4, 4, 1]
+    assert all(one == sorted(one, reverse=True) for one in held)
 
 
 def test_a_pass_ahead_of_all_runs_is_what_they_find(forwards, tmp_path) -> None:

@@ -7,7 +7,6 @@ import itertools
 import json
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -170,21 +169,6 @@ def test_the_shuffle_mixes_a_file_and_is_keyed(tmp_path) -> None:
     assert rows_of(source(path, buffer=1024, batch=1024, seed=1), 1)[0] != first
     kept = source(path, shuffle=False)
     assert rows_of(kept, 3) == [list(range(i, i + 7)) for i in (0, 7, 14)]
-
-
-def test_processes_share_each_batch() -> None:
-    whole = rows_of(source(ids_rows(100)), 5)
-    shares = [
-        rows_of(
-            source(
-                ids_rows(100),
-                processes=SimpleNamespace(**{**vars(ONE_PROCESS), "rank": r, "size": 2}),
-            ),
-            5,
-        )
-        for r in range(2)
-    ]
-    assert [a + b for a, b in zip(*shares, strict=True)] == whole
 
 
 def test_a_preview_is_what_comes_and_moves_nothing() -> None:

@@ -182,5 +182,6 @@ def _check_precomputed(method: Method, loss: Loss | OwnLoss) -> None:
     if "kl" in loss.needs:
         raise ConfigError(
             f"Loss {loss.name!r} compares each prompt with another prompt's answer, of which a "
-            "precomputed reference knows nothing. Write reference='auto', or take loss='bco'."
+            "precomputed reference knows nothing. Write reference=CachedReference(), which knows "
+            "those, too, or take loss='bco'."
         )

@@ -3,40 +3,28 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
-from alignkit.columns import SAME, TIE, BadRow, Column, Named, Sieve, check_columns
+from alignkit.columns import SAME, TIE, BadRow, Named, Sieve, check_columns
 from alignkit.errors import DataError
 from alignkit.labels import (
     Label,
     demonstration_label,
-    group_label,
-    pair_label,
-    single_label,
 )
 from alignkit.options import TextOptions
 from alignkit.rows import Rows
-from alignkit.text.content import Ids
 from alignkit.text.encoding import Encoder, TokensOf
 from alignkit.text.examples import TextExamples, TokenRow
-from alignkit.text.formats import Rendered, is_messages, render_answers
+from alignkit.text.formats import Rendered
 from alignkit.text.layouts import Layout, recognise
-from alignkit.text.prompt_rows import Question, read_question
+from alignkit.text.prompt_rows import Question
+from alignkit.text.row_kinds import LAYOUTS, READERS, Tokens
 from alignkit.text.supervised import Demonstration, cut, learned, read_demonstration
-from alignkit.text.tokens import PAIR_IDS, SUPERVISED_IDS, Limits, Splitter, ids_of
-
-LAYOUTS: Mapping[str, tuple[tuple[Column, ...], ...]] = {
-    "pairs": (("chosen", "rejected"), PAIR_IDS),
-    "groups": (("prompt", "responses", ("ranking", "scores")),),
-    "unpaired": (("prompt", "completion", "label"), ("chosen", "rejected"), PAIR_IDS),
-    "supervised": (("messages",), ("prompt", "completion"), SUPERVISED_IDS, ("text",)),
-    "prompts": (("prompt",), PAIR_IDS[:1], ("messages",), ("chosen", "rejected")),
-}
-"""Kind of rows -> the ways to write them; a pair's prompt may be what its answers share."""
+from alignkit.text.tokens import Limits, Splitter
 
 log = logging.getLogger("alignkit")
 
@@ -175,7 +163,7 @@ class Reader:
             item = read_demonstration(self._tokenizer, row, self._loss_on)
             self.chat = self.chat or item.chat
             return item, demonstration_label(row)
-        return _READERS[self._kind](self._tokenizer, row)
+        return READERS[self._kind](self._tokenizer, row)
 
     def _cut(self, number: int, item: Rendered | Tokens, tokens: TokensOf) -> TokenRow:
         splitter = self._splitter
@@ -193,53 +181,6 @@ class Reader:
                 "chat template, write them as messages.",
                 name or self._name,
             )
-
-
-Tokens = tuple[Ids, tuple[Ids, ...]]
-"""A prompt and its answers as ids."""
-
-
-def _pair(tokenizer: Any, row: Mapping[str, Any]) -> tuple[Rendered | Tokens, Label]:
-    label = pair_label(row)
-    if PAIR_IDS[0] in row:
-        prompt, *answers = (ids_of(row, column) for column in PAIR_IDS)
-        return (prompt, tuple(answers)), label
-    answers_of = {name: row[name] for name in ("chosen", "rejected")}
-    return render_answers(tokenizer, row.get("prompt"), answers_of, row), label
-
-
-def _group(tokenizer: Any, row: Mapping[str, Any]) -> tuple[Rendered | Tokens, Label]:
-    responses = row["responses"]
-    if not is_messages(responses):
-        raise BadRow("bad responses", f"responses is a list of answers; got {responses!r}")
-    places, label = group_label(row, len(responses))
-    answers = {f"responses[{place}]": responses[place] for place in places}
-    return render_answers(tokenizer, row["prompt"], answers, row), label
-
-
-def _single(
-    tokenizer: Any, row: Mapping[str, Any]
-) -> tuple[Rendered | Tokens, Label | tuple[Label, ...]]:
-    """One labelled answer, or a pair's two: the chosen one liked, the other not."""
-    if "label" not in row:
-        item, _ = _pair(tokenizer, row)
-        return item, tuple(single_label({**row, "label": liked}) for liked in (True, False))
-    answers = {"completion": row["completion"]}
-    rendered = render_answers(tokenizer, row["prompt"], answers, row)
-    return rendered, single_label(row)
-
-
-_READERS: Mapping[
-    str,
-    Callable[
-        [Any, Mapping[str, Any]], tuple[Rendered | Tokens | Question, Label | tuple[Label, ...]]
-    ],
-] = {
-    "pairs": _pair,
-    "groups": _group,
-    "unpaired": _single,
-    "prompts": read_question,
-}
 
 
 def _apart(row: TokenRow) -> list[TokenRow]:

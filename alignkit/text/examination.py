@@ -18,10 +18,11 @@ from alignkit.options import TextOptions
 from alignkit.rows import read_rows
 from alignkit.stream import is_streamed, open_stream
 from alignkit.text.characters import Characters
-from alignkit.text.data import LAYOUTS, Reader
+from alignkit.text.data import Reader
 from alignkit.text.examination_findings import findings_of
 from alignkit.text.examples import TokenRow
 from alignkit.text.layouts import recognise
+from alignkit.text.row_kinds import LAYOUTS
 
 CHUNK = 512
 NAMES = {

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -19,6 +19,7 @@ log = logging.getLogger("alignkit")
 
 PAIR_IDS = ("prompt_ids", "chosen_ids", "rejected_ids")
 SUPERVISED_IDS = ("prompt_ids", "completion_ids")
+GROUP_IDS = ("prompt_ids", "responses_ids")
 
 
 def ids_of(row: Mapping[str, Any], column: str) -> Ids:
@@ -27,8 +28,21 @@ def ids_of(row: Mapping[str, Any], column: str) -> Ids:
     Raises:
         BadRow: if it is none.
     """
+    return _ids(row[column], column)
+
+
+def ids_of_all(row: Mapping[str, Any], column: str, places: Iterable[int]) -> tuple[Ids, ...]:
+    """Some members of a column of lists of token ids, none of them empty.
+
+    Raises:
+        BadRow: if one is none.
+    """
+    return tuple(_ids(row[column][place], f"{column}[{place}]") for place in places)
+
+
+def _ids(given: Any, column: str) -> Ids:
     try:
-        array = np.asarray(row[column])
+        array = np.asarray(given)
     except (TypeError, ValueError) as error:
         raise BadRow(f"{column} must be a list of token ids") from error
     if array.ndim != 1 or (column != PAIR_IDS[0] and len(array) == 0):

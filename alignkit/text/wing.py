@@ -22,7 +22,7 @@ from alignkit.rows import read_rows
 from alignkit.stream import open_stream
 from alignkit.text.backend import TextBackend
 from alignkit.text.content import Ids
-from alignkit.text.data import LAYOUTS, Reader, read_examples
+from alignkit.text.data import Reader, read_examples
 from alignkit.text.examples import TextExamples
 from alignkit.text.fit import check_fit, check_room
 from alignkit.text.formats import prompt_text
@@ -35,6 +35,7 @@ from alignkit.text.module import TextModule
 from alignkit.text.noise import embedding_of
 from alignkit.text.policy import detach
 from alignkit.text.prompts import distinct_prompts, prompt_ids
+from alignkit.text.row_kinds import LAYOUTS
 from alignkit.text.streamed import TextStream
 from alignkit.text.together import DTYPES, put_together
 from alignkit.text.value import ValueHead, read_values

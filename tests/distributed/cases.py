@@ -26,6 +26,7 @@ from alignkit import (
     EMAReference,
     GenerationOptions,
     LoRA,
+    TextOptions,
     TrainerOptions,
     zero,
 )
@@ -177,6 +178,15 @@ def _singles() -> dict[str, Any]:
     return {"data": rows, "eval_data": rows[:7], "trainer": trainer(eval_every=2, log_every=3)}
 
 
+def _streamed() -> dict[str, Any]:
+    """More than an epoch, shuffled within a buffer; the reference's numbers are made ahead."""
+    return {
+        "data": weighted_rows(16),
+        "data_options": TextOptions(streaming=True, shuffle_buffer=6),
+        "trainer": trainer(max_steps=5),
+    }
+
+
 def _cached(made: Callable[[], dict[str, Any]]) -> Callable[[], dict[str, Any]]:
     """With the reference's numbers on disk, in a folder of the run's own."""
     return lambda: made() | {"reference": CachedReference()}
@@ -194,6 +204,7 @@ CASES: Mapping[str, Case] = {
     "tied": Case(_text("qwen2"), _plain(micro_batch="auto")),
     "lora": Case(_text("qwen2"), _lora()),
     "cached": Case(_text("llama"), _cached(_singles), KTO(beta=0.1)),
+    "streamed": Case(_text("llama"), _cached(_streamed)),
     "sharded_cached": Case(_text("llama"), _cached(_plain(sharding="fsdp2", micro_batch="auto"))),
     "interrupted": Case(_text("llama"), _moving(save_every=2, log_every=4)),
     "sharded_full": Case(_text("llama"), _plain(sharding="fsdp2")),

@@ -22,7 +22,7 @@ from tests.distributed.launch import play_world
 
 pytestmark = pytest.mark.slow
 
-NAMES = ("full", "tied", "lora", "coupled", "singles", "cached", "supervised")
+NAMES = ("full", "tied", "lora", "coupled", "singles", "cached", "supervised", "streamed")
 POISONED = 5
 
 

@@ -134,6 +134,19 @@ def test_rows_of_token_ids_are_taken_as_they_are() -> None:
     assert one({k: torch.tensor(v) for k, v in row.items()}) == one(row)
 
 
+def test_rankings_and_single_answers_of_token_ids_are_taken_as_they_are() -> None:
+    row = {"prompt_ids": [5, 6], "responses_ids": [[7], [8, 9], [10]], "scores": [1.0, None, 2.0]}
+    (found,) = read([row], kind="groups").rows
+    assert found.prompt.tolist() == [5, 6]
+    assert [answer.tolist() for answer in found.answers] == [[7], [10]]
+    single = {"prompt_ids": [5], "completion_ids": [7, 8], "label": False}
+    examples = read([single], kind="unpaired")
+    assert examples.rows[0].answers[0].tolist() == [7, 8]
+    assert examples.labels.labels[0].desirable is False
+    with pytest.raises(DataError, match=r"responses_ids\[0\] must be a non-empty list"):
+        read([{**row, "responses_ids": [[], [8], [9]]}], kind="groups")
+
+
 @pytest.mark.parametrize("bad", [[], [1.5], [[1]], ["a"], None, [-1], [2**40]])
 def test_token_ids_that_are_none_are_a_bad_row(bad) -> None:
     row = {"prompt_ids": [5, 6], "chosen_ids": [7], "rejected_ids": bad}

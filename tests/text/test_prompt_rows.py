@@ -18,8 +18,8 @@ from alignkit.mixtures import Mixture
 from alignkit.options import TextOptions
 from alignkit.sources import RowSource
 from alignkit.stream_source import StreamSource
-from alignkit.text.data import LAYOUTS
 from alignkit.text.prompts import prompt_ids
+from alignkit.text.row_kinds import LAYOUTS
 from tests.builders import text_wing, tiny_tokenizer
 from tests.text.test_data import CHAT, EOS, ids, read, turn
 
