@@ -1,17 +1,19 @@
 #!/usr/bin/env python
 """How far is a DPO step from the arithmetic that it cannot avoid?
 
-    python scripts/bench_bound.py [--rounds 6]
+    python scripts/bench_bound.py [--rounds 6] [--compile]
 
 Every batch is taken twice: once timed, once to note the matrix products that run. The same products
 are then timed by themselves, on operands that are not in the cache. At that rate the bound is the
 time of the least arithmetic: every weight on each prompt once and on each answer, the LM head on
 the answers' tokens, once for the reference and three times for the policy. Attention, norms,
-losses and the optimizer are no part of the bound.
+losses and the optimizer are no part of the bound. With --compile the blocks are compiled
+(`trainer.compile`); the products are noted without it.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import statistics
 import sys
@@ -27,9 +29,16 @@ from bench_text.world import World
 PAIRS, BAR = 4, 0.8
 
 
+def arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--compile", action="store_true", help="compile the model's blocks")
+
+
 def main(given: Sequence[str] | None = None) -> int:
-    options = command.read(__doc__, given, peer="none")
-    spec = command.specification(options, "chat", PAIRS)
+    options = command.read(__doc__, given, arguments, peer="none")
+    # A compiled step is compiled twice: for the first length, and then for all others.
+    warmup = 2 if options.compile else 1
+    options.rounds += warmup - 1
+    spec = command.specification(options, "chat", PAIRS, compile=options.compile)
     rows = [json.loads(line) for line in Path(spec["rows"]).read_text().splitlines()]
     batches = [rows[start : start + PAIRS] for start in range(0, len(rows), PAIRS)]
     twice = Path(spec["rows"]).with_name("twice.jsonl")
@@ -43,7 +52,7 @@ def main(given: Sequence[str] | None = None) -> int:
     shares = [
         flops / (lap["flops"] / lap["matmuls"]) / lap["cpu"]
         for flops, lap in zip(needed, laps, strict=True)
-    ][1:]
+    ][warmup:]
     limit = None if options.quick else BAR
     rate = statistics.median(lap["flops"] / lap["matmuls"] / 1e9 for lap in laps)
     wasted = statistics.median(

@@ -86,6 +86,7 @@ def specification(
         "head": "completions",
         "micro": 0,
         "reads": False,
+        "compile": False,
     }
     return common | more
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -31,16 +31,22 @@ def sft(spec: dict[str, Any], meter: Meter) -> None:
 def bound(spec: dict[str, Any], meter: Meter) -> None:
     """Every batch twice: timed, and then noted; afterwards its products alone."""
     from alignkit import DPO
+    from alignkit.text.handed import uncompiled
     from bench_text import matmuls
 
     run = _built(spec, meter, DPO(beta=0.1))
+    models = [run.wing.policy, run.trainer.objective.reference.module]
     meter.started()
     steps = run.steps()
     for _ in range(spec["steps"] // 2):
         started = meter.clock()
         loss = next(steps).loss
         cpu = meter.clock() - started
-        with matmuls.Matmuls() as noted:
+        with ExitStack() as stack:
+            # Compiled blocks would not show their products.
+            for model in models:
+                stack.enter_context(uncompiled(model))
+            noted = stack.enter_context(matmuls.Matmuls())
             next(steps)
         alone = matmuls.replay(noted.found)
         meter.lap(cpu=cpu, loss=loss, flops=matmuls.flops(noted.found), matmuls=alone)
@@ -73,7 +79,7 @@ def reference(spec: dict[str, Any], meter: Meter) -> None:
 
     from alignkit import DPO, CachedReference, TextOptions, build, cache_reference
 
-    _get_ready(meter)
+    get_ready(meter)
     model = AutoModelForCausalLM.from_pretrained(spec["model"], dtype="float32")
     policy = model, AutoTokenizer.from_pretrained(spec["model"])
     lines = Path(spec["rows"]).read_text().splitlines()
@@ -145,7 +151,7 @@ def _built(spec: dict[str, Any], meter: Meter, method: Any) -> Any:
     from alignkit import LoRA, TextOptions, TrainerOptions, build, precompute_reference
     from alignkit.reference_options import PrecomputedReference
 
-    _get_ready(meter)
+    get_ready(meter)
     trainer = TrainerOptions(
         max_steps=spec["steps"],
         batch_size=spec["batch"],
@@ -155,6 +161,7 @@ def _built(spec: dict[str, Any], meter: Meter, method: Any) -> Any:
         warmup=0,
         shuffle=False,
         gradient_checkpointing=spec["checkpointing"],
+        compile=spec["compile"],
     )
     options = TextOptions(max_length=spec["max_length"], packing=spec["packing"])
     given: dict[str, Any] = {"data_options": options, "trainer": trainer}
@@ -166,7 +173,7 @@ def _built(spec: dict[str, Any], meter: Meter, method: Any) -> Any:
     return build(spec["model"], method, spec["rows"], **given)
 
 
-def _get_ready(meter: Meter) -> None:
+def get_ready(meter: Meter) -> None:
     """What a run imports sooner or later is no memory of the run."""
     import datasets  # noqa: F401
     import peft  # noqa: F401

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 SCRIPTS = Path(__file__).parents[2] / "scripts"
-PEERLESS = {"bench_packing", "bench_bound", "bench_growth"}
+PEERLESS = {"bench_packing", "bench_bound", "bench_growth", "bench_overhead"}
 
 
 @pytest.fixture
@@ -39,6 +39,7 @@ def work(tmp_path_factory: Any) -> Path:
         "bench_packing",
         "bench_bound",
         "bench_growth",
+        "bench_overhead",
         "bench_syncs",
         "bench_reference",
         "bench_tokenise",
