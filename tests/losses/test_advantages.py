@@ -37,7 +37,7 @@ def test_gae_goldens(lam, expected) -> None:
         assert returns[0].tolist() == pytest.approx([1.2, 1.3, 1.5]), "the reward to go"
 
 
-def test_a_cut_answer_is_bootstrapped() -> None:
+def test_defect_7_cut_answers_are_treated_as_ended() -> None:
     """Defect 7: a cut answer has not ended."""
     rewards, values = row(0.0, 0.0, 1.0), row(0.5, 0.4, 0.8)
     ended, _ = gae(rewards, values, ALL, bootstrap=torch.tensor([0.0]))
@@ -78,7 +78,7 @@ def test_gae_of_ragged_answers_is_its_definition() -> None:
     np.testing.assert_allclose(monte_carlo.numpy(), by_loops(*arrays), atol=1e-12)
 
 
-def test_neither_padding_nor_garbage_nor_company_changes_an_answer() -> None:
+def test_defect_13_masked_positions_leak_into_advantages() -> None:
     """Defects 12 and 13: what is masked may hold anything, and rows do not meet."""
     rewards, values, mask, bootstrap, _ = ragged()
     found, _ = gae(rewards, values, mask, bootstrap=bootstrap)
@@ -94,7 +94,7 @@ def test_neither_padding_nor_garbage_nor_company_changes_an_answer() -> None:
     assert torch.equal(torch.cat([advantages for advantages, _ in alone]), found)
 
 
-def test_the_score_stands_on_the_last_real_token() -> None:
+def test_defect_5_score_one_token_late() -> None:
     """Defect 5: not one token late, and never on padding."""
     mask = torch.tensor([[True, True, True, False], [True, False, False, False], [False] * 4])
     log_ratios = torch.full((3, 4), 0.5).masked_fill(~mask, float("nan"))
@@ -148,7 +148,7 @@ def test_group_goldens() -> None:
     assert plain == pytest.approx([0.5, -0.5, -0.5, 0.5, 0])
 
 
-def test_groups_without_spread_or_company() -> None:
+def test_defect_8_groups_without_variance() -> None:
     """Defect 8: equal scores give zeros, not NaN."""
     for equal in (torch.full((2, 4), 0.3), torch.tensor([[2.0]])):
         assert (leave_one_out(equal) == 0).all() and (group_normalised(equal) == 0).all()

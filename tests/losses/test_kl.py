@@ -53,7 +53,7 @@ def test_gradients_as_a_loss(kind, expected) -> None:
     ("kind", "expected"),
     [("k1", [-0.421532, 0.272065, 0.149467]), ("k3", [-0.021532, 0.072065, -0.050533])],
 )
-def test_directions_in_the_reward(kind, expected) -> None:
+def test_defect_4_kl_estimator_in_the_wrong_place(kind, expected) -> None:
     """Defect 4: minus k1 as a reward pulls back to the reference; k3 pushes the third arm, which
     has less than its reference mass already, further away."""
     policy = torch.tensor([0.6, 0.3, 0.1], dtype=torch.float64)

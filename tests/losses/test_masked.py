@@ -37,7 +37,7 @@ def test_masked_whitening_by_numpy() -> None:
     assert masked_mean(values, mask, -1)[3] == 0, "a row of which nothing counts"
 
 
-def test_garbage_in_masked_places_changes_nothing() -> None:
+def test_defect_13_masked_positions_leak_into_statistics() -> None:
     """Defect 13 of rlhf systems: NaN times 0 is NaN."""
     values, mask = ragged()
     for garbage in (float("nan"), float("inf"), 1e30):

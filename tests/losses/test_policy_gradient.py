@@ -39,7 +39,7 @@ def test_clipped_surrogate_golden() -> None:
     assert measured["k3"].mean().item() == pytest.approx(0.0303625, abs=5e-8)
 
 
-def test_ratio_of_a_first_pass_is_exactly_1_and_its_gradient_reinforce() -> None:
+def test_defect_2_ratio_is_not_1_on_the_first_minibatch() -> None:
     """Defect 2, as far as the loss goes: equal log-likelihoods give a ratio of exactly 1."""
     logps = NOW.float().requires_grad_()
     losses, measured = clipped_surrogate(logps, NOW.float(), GAIN.float(), ALL)
@@ -95,7 +95,7 @@ def test_clipped_value_golden() -> None:
     assert slopes(loss, far) == [0.0]
 
 
-def test_masked_places_may_hold_anything() -> None:
+def test_defect_13_masked_positions_leak_into_losses() -> None:
     """Defect 13: not in losses, not in metrics, not in gradients."""
     mask = torch.tensor([[True, False, True, False]])
     clean = clipped_surrogate(NOW, OLD, GAIN, mask)
