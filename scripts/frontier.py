@@ -104,7 +104,10 @@ def offline(method: Any, rows: Callable[[int], Any], steps: int | None = None) -
             "method": method,
             "data": rows(size.pairs),
             "trainer": TrainerOptions(
-                max_steps=steps or size.steps, batch_size=64, learning_rate=2e-4, log_every=10
+                max_steps=min(steps or size.steps, size.steps),
+                batch_size=64,
+                learning_rate=2e-4,
+                log_every=10,
             ),
         }
 
