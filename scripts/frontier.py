@@ -52,7 +52,7 @@ class Size:
     pairs: int = 3200
     steps: int = 50
     prompts: int = 256
-    online_steps: int = 60
+    online_steps: int = 80
 
 
 QUICK = Size(pairs=64, steps=1, prompts=8, online_steps=2)
@@ -105,7 +105,7 @@ def offline(method: Any, rows: Callable[[int], Any], steps: int | None = None) -
             "data": rows(size.pairs),
             "trainer": TrainerOptions(
                 max_steps=min(steps or size.steps, size.steps),
-                batch_size=64,
+                batch_size=32,
                 learning_rate=2e-4,
                 log_every=10,
             ),
