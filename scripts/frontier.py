@@ -106,7 +106,7 @@ def offline(method: Any, rows: Callable[[int], Any], steps: int | None = None) -
             "trainer": TrainerOptions(
                 max_steps=min(steps or size.steps, size.steps),
                 batch_size=32,
-                learning_rate=2e-4,
+                learning_rate=6e-4,
                 log_every=10,
             ),
         }
@@ -133,14 +133,14 @@ def online(method: Any) -> Any:
 
 def points() -> Iterator[Point]:
     """All points, the curves that say most first."""
-    for beta in (0.03, 0.1, 0.3, 1.0):
+    for beta in (0.02, 0.1, 0.5, 2.0):
         yield Point("DPO", beta, offline(DPO(beta=beta), pairs))
     for coefficient in (0.02, 0.05, 0.1, 0.3):
         method = PPO(kl_coef=coefficient, rollout_size=128, inner_epochs=2, truncation="as_end")
         yield Point("PPO on the known reward", coefficient, online(method))
-    for beta in (0.03, 0.1, 0.3, 1.0):
+    for beta in (0.02, 0.1, 0.5, 2.0):
         yield Point("IPO", beta, offline(DPO("ipo", beta=beta, average=False), pairs))
-    for beta in (0.03, 0.1, 0.3, 1.0):
+    for beta in (0.02, 0.1, 0.5, 2.0):
         yield Point("KTO", beta, offline(KTO(beta=beta), singles))
     for beta in (0.5, 1.0, 2.0, 4.0):
         yield Point("SimPO", beta, offline(DPO("simpo", beta=beta), pairs))
