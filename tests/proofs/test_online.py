@@ -147,7 +147,7 @@ def test_a_constrained_kl_is_held(target: float, kl_coef: float, ledger: Ledger)
         kl_target=target,
         rollout_size=1024,
     )
-    found, result = trained(method, "arms", steps=240, batch=512, rate=0.1)
+    found, result = trained(method, "arms", steps=280, batch=512, rate=0.1)
     policy = np.array(found["arms"])
     ledger.check(
         "ppo, KL constraint",
