@@ -49,7 +49,7 @@ POOL = 32
 class Size:
     """How much is done."""
 
-    pairs: int = 3200
+    pairs: int = 1600
     steps: int = 50
     prompts: int = 256
     online_steps: int = 80
