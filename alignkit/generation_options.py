@@ -16,6 +16,8 @@ class GenerationOptions:
         temperature: 0 takes the most likely token.
         top_k: 0 keeps the whole vocabulary.
         stop: strings that end an answer (text).
+        engine: what samples text: the policy in hand, or vLLM with its weights (extra `vllm`; not
+            run on real hardware), whose answers online methods weigh by importance.
         steps, guidance_scale, height, width: the image sampler's; None means the pipeline's size.
     """
 
@@ -24,7 +26,7 @@ class GenerationOptions:
     top_p: float = 1.0
     top_k: int = 0
     stop: tuple[str, ...] = ()
-    engine: Literal["transformers"] = "transformers"
+    engine: Literal["transformers", "vllm"] = "transformers"
     steps: int = 30
     guidance_scale: float = 5.0
     height: int | None = None

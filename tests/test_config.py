@@ -456,7 +456,7 @@ NOT_SCALE_FREE = replace(SIGMOID, name="fixed", scale_free=False)
         ({"adapter": {"rank": 4}}, None, "adapter must be the options of LoRA or null"),
         ({"trainer": {"max_steps": 1}}, None, "trainer must be the options of TrainerOptions"),
         ({"trainer": TrainerOptions(schedule="cosin")}, None, r"trainer\.schedule must be 'const"),
-        ({"generation": GenerationOptions(engine="vllm")}, None, r"engine must be 'transformers'"),
+        ({"generation": GenerationOptions(engine="tgi")}, None, r"'transformers' or 'vllm'"),
         ({"seed": "1"}, None, "seed must be a whole number"),
         ({"reward": len}, None, r"reward is used by online methods.*Leave reward out"),
         ({"judge": len}, None, r"judge is used by online methods.*Leave judge out"),

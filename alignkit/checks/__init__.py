@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,7 +33,7 @@ _OPTIONS_OF: Mapping[str, type[TextOptions] | type[ImageOptions]] = {
     "image": ImageOptions,
 }
 _GENERATION_OF = {
-    "text": ("max_new_tokens", "temperature", "top_p", "top_k", "stop"),
+    "text": ("max_new_tokens", "temperature", "top_p", "top_k", "stop", "engine"),
     "image": ("steps", "guidance_scale", "height", "width"),
 }
 
@@ -138,6 +139,11 @@ def _check_data_options(config: RunConfig, modality: str | None) -> None:
 
 
 def _check_generation(config: RunConfig, modality: str | None) -> None:
+    if config.generation.engine == "vllm" and find_spec("vllm") is None:
+        raise ConfigError(
+            "generation.engine='vllm' needs the package vllm, which is not installed: "
+            "pip install 'alignkit[vllm]', or take engine='transformers'."
+        )
     default = GenerationOptions()
     for owner, names in _GENERATION_OF.items():
         for name in names:

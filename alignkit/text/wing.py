@@ -23,11 +23,11 @@ from alignkit.stream import open_stream
 from alignkit.text.backend import TextBackend
 from alignkit.text.content import Ids
 from alignkit.text.data import Reader, read_examples
+from alignkit.text.engines import ENGINES
 from alignkit.text.examples import TextExamples
 from alignkit.text.fit import check_fit, check_room
 from alignkit.text.formats import prompt_text
-from alignkit.text.generation import generate
-from alignkit.text.handed import State, base_of, eos_ids, evaluating, uncompiled
+from alignkit.text.handed import State, base_of
 from alignkit.text.likelihood import TextLikelihood
 from alignkit.text.loading import load, refuse_other_models
 from alignkit.text.mixed import read_mixture
@@ -130,6 +130,7 @@ class TextWing:
         self._dtypes = dtypes
         self._added = added is not None
         self._working: State | None = None
+        self.engine: Any = None
 
     def adapters_off(self) -> AbstractContextManager[None]:
         return adapters_off(self.policy)
@@ -189,7 +190,8 @@ class TextWing:
     ) -> Sampled:
         """The same, with the tokens of prompts and answers."""
         ids = prompt_ids(self.tokenizer, prompts, chat=self.chat)
-        new = self._generate(ids, options, [(seed, place) for place in range(len(ids))])
+        keys = [(seed, place) for place in range(len(ids))]
+        new = ENGINES[options.engine](self, ids, options, keys, None)
         asked, answered = [prompt.tolist() for prompt in ids], [one.ids for one in new]
         texts = self.answer_texts(prompts, answered)
         return Sampled(texts, asked, answered, [not one.ended for one in new])
@@ -217,22 +219,7 @@ class TextWing:
             ConfigError: a prompt leaves no room for an answer.
         """
         check_room(self.policy, prompts, options.max_new_tokens)
-        return self._generate(prompts, options, keys, together)
-
-    def _generate(
-        self,
-        prompts: Sequence[Ids],
-        options: GenerationOptions,
-        keys: Sequence[Sequence[int]],
-        together: Collective | None = None,
-    ) -> list[SampledAnswer]:
-        ends = eos_ids(self.policy, self.tokenizer)
-        with evaluating(self.policy), uncompiled(self.policy):
-            return self.module.within(
-                lambda model: generate(
-                    model, self.tokenizer, prompts, options, keys, ends, together
-                )
-            )
+        return ENGINES[options.engine](self, prompts, options, keys, together)
 
     def value_head(self) -> ValueHead:
         return read_values(self.module)

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
+import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -36,6 +37,14 @@ from alignkit.run import Run
 from tests.builders import pair_rows, tiny_lm, tiny_tokenizer
 
 WEIGHTS = (1.0, 0.0, 2.0, 0.5)
+
+SAMPLED = GenerationOptions(max_new_tokens=14)
+
+
+def questions() -> list[Any]:
+    """Token ids of ragged prompts."""
+    draw = np.random.default_rng(5)
+    return [draw.integers(4, 300, size).astype(np.int32) for size in (3, 12, 7, 20, 5, 9, 4, 15)]
 
 
 def weighted_rows(num: int) -> list[dict[str, Any]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -10,8 +11,8 @@ from transformers import AutoModelForCausalLM
 
 from alignkit import DPO, ConfigError
 from alignkit.api import build
-from tests.builders import pair_rows, tiny_lm, tiny_tokenizer
-from tests.distributed.cases import Played, play, trainer
+from tests.builders import pair_rows, text_wing, tiny_lm, tiny_tokenizer
+from tests.distributed.cases import SAMPLED, Played, play, questions, trainer
 from tests.distributed.compare import assert_replicas, assert_same_run, distance, saved_weights
 from tests.distributed.launch import play_world
 
@@ -50,8 +51,21 @@ def world(tmp_path_factory: pytest.TempPathFactory, alone: Path) -> Path:
         half | {"folder": str(root / "left"), "stop_after": 2},
         half | {"folder": str(root / "continued"), "resume": str(left)},
     ]
+    tasks.append({"do": "answer", "folder": str(root / "answers")})
     play_world(tasks, root)
     return root
+
+
+def test_processes_sample_to_prompts_of_their_own(world: Path) -> None:
+    """The answers of the whole model, whatever a process has to answer and for how long."""
+    wing, asked = text_wing("llama"), questions()
+    keys = [(3, 1, place) for place in range(len(asked))]
+    whole = wing.generate_tokens(asked, SAMPLED, keys=keys)
+    told = [json.loads((world / f"answers/answers-{rank}.json").read_text()) for rank in (0, 1)]
+    found = told[0] | told[1]
+    assert (len(told[0]), len(told[1])) == (6, 2)
+    assert len({len(one.ids) for one in whole}) > 1, "answers that end early"
+    assert found == {str(place): [one.ids, one.ended] for place, one in enumerate(whole)}
 
 
 @pytest.mark.parametrize("name", (*NAMES, "sharded_cached"))

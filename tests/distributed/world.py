@@ -35,6 +35,32 @@ def copy(folder: str, to: str) -> None:
     runtime.barrier()
 
 
+def answer(folder: str) -> None:
+    """Sample from sharded weights, each process to prompts of its own, of which one has more."""
+    from alignkit import DPO
+    from alignkit.api import build
+    from alignkit.text import generation
+    from tests.builders import pair_rows, tiny_lm, tiny_tokenizer
+    from tests.distributed.cases import SAMPLED, questions, trainer
+
+    options = trainer(sharding="fsdp2")
+    run = build((tiny_lm("llama"), tiny_tokenizer()), DPO(), pair_rows(4), trainer=options)
+    asked = questions()
+    own = range(6) if run.runtime.rank == 0 else range(6, len(asked))
+    generation.TOKENS_PER_BATCH = 80  # several batches on one process, one on the other
+    with torch.no_grad():
+        found = run.wing.generate_tokens(
+            [asked[place] for place in own],
+            SAMPLED,
+            keys=[(3, 1, place) for place in own],
+            together=run.runtime,
+        )
+    told = {str(place): [one.ids, one.ended] for place, one in zip(own, found, strict=True)}
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    (Path(folder) / f"answers-{run.runtime.rank}.json").write_text(json.dumps(told))
+    run.runtime.barrier()
+
+
 def collectives(folder: str) -> None:
     """What `Runtime` does with values that differ from process to process."""
     from alignkit.runtime import Runtime

@@ -13,11 +13,13 @@ import pytest
 import torch
 
 from alignkit.adapters import adapters_off
+from alignkit.batches import Batch
 from alignkit.capabilities import SampledAnswer, SamplesTokens
 from alignkit.draws import generator
 from alignkit.errors import ConfigError
 from alignkit.options import GenerationOptions, LoRA
 from alignkit.text import generation
+from alignkit.text.content import TextContent
 from alignkit.text.generation import generate
 from tests.builders import text_wing, tiny_tokenizer
 from tests.text.models import MODELS, VOCABULARY, make
@@ -54,6 +56,14 @@ def plainly(
 def prompts_of(sizes: list[int]) -> list[Any]:
     draw = np.random.default_rng(0)
     return [draw.integers(3, VOCABULARY, size).astype(np.int32) for size in sizes]
+
+
+def batch_of(asked: list[Any], found: list[SampledAnswer]) -> Batch:
+    """Groups of one: each prompt with its answer."""
+    answers = tuple(np.array(one.ids, dtype=np.int32) for one in found)
+    content = TextContent(tuple(asked), answers, tuple(range(len(found))))
+    index = torch.arange(len(found))
+    return Batch(content, index, torch.zeros_like(index), index, index)
 
 
 def same(found: list[SampledAnswer], expected: list[SampledAnswer]) -> None:
@@ -172,9 +182,6 @@ def test_frequencies_are_the_products_of_the_model_s_probabilities(temperature: 
 
 def test_sampled_log_probabilities_are_the_likelihood_s() -> None:
     """At temperature 1, token by token, with an adapter on and off."""
-    from alignkit.batches import Batch
-    from alignkit.text.content import TextContent
-
     wing = text_wing("qwen2", adapter=LoRA(rank=4))
     assert isinstance(wing, SamplesTokens)
     with torch.no_grad():
@@ -186,11 +193,7 @@ def test_sampled_log_probabilities_are_the_likelihood_s() -> None:
 
     def pair() -> tuple[list[SampledAnswer], Any]:
         found = wing.generate_tokens(asked, options, keys=keys)
-        content = TextContent(
-            tuple(asked), tuple(np.array(a.ids, dtype=np.int32) for a in found), (0, 1, 2, 3)
-        )
-        index = torch.arange(4)
-        batch = Batch(content, index, torch.zeros(4, dtype=torch.int64), index, index)
+        batch = batch_of(asked, found)
         return found, wing.backend.module(batch, None, frozenset({"token_logps"}))
 
     answers = {}
