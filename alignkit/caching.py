@@ -7,6 +7,7 @@ from importlib import import_module
 from typing import Any
 
 from alignkit.config import RunConfig, check, resolve_data_options
+from alignkit.criteria import rows_of
 from alignkit.errors import ConfigError
 from alignkit.methods import DPO
 from alignkit.options import ImageOptions, LoRA, TrainerOptions
@@ -31,7 +32,7 @@ def cache_images(
     Args:
         policy: a diffusers folder, a hub name, or a pipeline in memory.
         data: as `align` takes it.
-        kind: of the rows: "pairs", "groups" or "unpaired".
+        kind: of the rows: "pairs", "groups", "unpaired" or "supervised".
         data_options: of the runs to come; without `cache`, the user's own cache is filled.
         whole: the runs to come train the whole UNet; their text encoders then compute in float32.
         trainer: its `precision` is used.
@@ -52,25 +53,24 @@ def cache_images(
     return cache_run(config, kind=kind, verify=verify)
 
 
-def cache_run(config: RunConfig, *, kind: str = "pairs", verify: bool = False) -> Any:
-    """The same for a run as one value."""
+def cache_run(config: RunConfig, *, kind: str | None = None, verify: bool = False) -> Any:
+    """The same for a run as one value, whose method reads rows of some `kind`."""
     modality = modality_of(config.policy)
     if modality != "image":
         raise ConfigError(
             "Latents are of images: the policy must be a diffusers pipeline; got a language model. "
             "For its reference, write alignkit cache reference."
         )
-    check(config, modality)
-    options = resolve_data_options(config, modality)
-    options = ImageOptions() if options is None else options
+    options = resolve_data_options(config, modality, ImageOptions())
     assert isinstance(options, ImageOptions)
     if options.cache is None:
         options = replace(options, cache="auto")
+    check(replace(config, data_options=options), modality)
     return import_module(f"{MODALITIES[modality]}.caching").cache_images(
         config.policy,
         config.data,
         options,
-        kind=kind,
+        kind=kind or rows_of(config.method, modality),
         precision=pick_precision(config.trainer.precision),
         whole=config.adapter is None,
         device=Runtime().device,

@@ -99,6 +99,14 @@ def _refuse_loss(name: str, method: Method) -> None:
     refuse_unknown("loss", name, known)
 
 
+def rows_of(method: Method, modality: str) -> str:
+    """The kind of rows that a method reads."""
+    if isinstance(method, SFT):
+        return "supervised"
+    assert isinstance(method, Preference)
+    return criterion_of(method, modality).kind.rows
+
+
 def supervised_loss_of(method: SFT) -> SupervisedLoss:
     """The loss that supervised fine-tuning names."""
     if method.loss not in SUPERVISED_LOSSES:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Literal
 
+from alignkit.errors import ConfigError
 from alignkit.ranges import finite, positive, share
 
 BadRow = Literal["error", "skip"]
@@ -32,6 +33,12 @@ class ScoreLabels:
 
     def __post_init__(self) -> None:
         positive("data_options.labels", temperature=self.temperature)
+        if not self.soft and self.temperature != 1.0:
+            raise ConfigError(
+                "data_options.labels.temperature turns differences of scores into probabilities, "
+                f"which soft=True asks for; got temperature={self.temperature} without it. Add "
+                "soft=True, or leave temperature out."
+            )
         if not isinstance(self.scorer, str):
             finite("data_options.labels.scorer", **self.scorer)
             object.__setattr__(self, "scorer", MappingProxyType(dict(self.scorer)))
@@ -94,6 +101,12 @@ class ImageOptions:
             eval_draws=self.eval_draws,
         )
         finite("data_options", min_margin=self.min_margin)
+        if not self.buckets and self.bucket_step != 64:
+            raise ConfigError(
+                "data_options.bucket_step is the step of aspect buckets, which buckets=True asks "
+                f"for; got bucket_step={self.bucket_step} without them. Add buckets=True, or leave "
+                "bucket_step out."
+            )
         share(
             "data_options",
             caption_dropout=self.caption_dropout,

@@ -62,7 +62,7 @@ def cache_images(
         pipeline: a diffusers folder, a hub name, or a pipeline in memory.
         data: image rows, as `align` takes them, or a mixture of such.
         options: those of the runs to come; `cache` says where, None is "auto".
-        kind: of the rows: "pairs", "groups" or "unpaired".
+        kind: of the rows: "pairs", "groups", "unpaired" or "supervised".
         precision, whole: of the runs to come: "fp32", "bf16" or "fp16", and whether they train the
             whole UNet. Text encoders compute in the same precision as there.
         device: where things are encoded.

@@ -2,30 +2,26 @@
 
 from __future__ import annotations
 
-import io
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from PIL.Image import Image
-
-from alignkit.columns import TIE, Sieve, check_kind
+from alignkit.columns import SAME, TIE, Sieve, check_kind
 from alignkit.data_report import DataReport, Finding, Gallery, Histogram, Table
 from alignkit.data_report import Picture as Shown
 from alignkit.errors import DataError
 from alignkit.options import ImageOptions
 from alignkit.rows import Rows
 from alignkit.splits import is_held_out, normalised
+from alignkit_diffusion.contact_sheet import contacts, thumbnail
 from alignkit_diffusion.geometry import Geometry
 from alignkit_diffusion.layouts import LAYOUTS, lacking
-from alignkit_diffusion.pictures import Picture
 from alignkit_diffusion.rows import HELD_OUT, ImageRow, open_rows, read_examples
 
 SHOWN = 12
 """Rows of the contact sheet, spread over the data."""
 
-SIDE = 160
 NAMED = 8
 """Rows that a finding names before it only counts."""
 
@@ -65,7 +61,7 @@ def examine(data: Any, options: ImageOptions, *, kind: str, tokenizer: str | Non
     show = set(range(0, len(opened), max(1, len(opened) // SHOWN)))
     geometry = Geometry(lenient)
     every = replace(lenient, part="all")
-    for row, thumbnails in read_examples(opened, kind, every, sieve, lambda _: _thumbnail):
+    for row, thumbnails in read_examples(opened, kind, every, sieve, lambda _: thumbnail):
         _count(row, thumbnails, seen, geometry, resolution, row.number in show)
     return DataReport(
         name=opened.name,
@@ -83,9 +79,7 @@ def examine(data: Any, options: ImageOptions, *, kind: str, tokenizer: str | Non
                 {"resolution": resolution},
             ),
         ],
-        galleries=[
-            Gallery("A look at the rows", seen.sheet[:SHOWN], "Of a pair, the chosen first.")
-        ],
+        galleries=[Gallery("A look at the rows", seen.sheet[:SHOWN])],
     )
 
 
@@ -103,14 +97,6 @@ def _kind_of(rows: Rows) -> str:
         f"{rows.name} has no columns of image rows; found: {found}. See docs/data-formats.md, or "
         "rename columns with data_options.columns."
     )
-
-
-def _thumbnail(picture: Picture, image: Image) -> bytes:
-    small = image.copy()
-    small.thumbnail((SIDE, SIDE))
-    buffer = io.BytesIO()
-    small.save(buffer, "JPEG", quality=85)
-    return buffer.getvalue()
 
 
 def _count(
@@ -138,11 +124,7 @@ def _count(
             seen.areas.append((picture.width * picture.height) ** 0.5)
         seen.uses[picture.digest] += 1
     if show:
-        shown = [
-            Shown(raw, "image/jpeg", f"{picture.column}, {picture.width} x {picture.height}")
-            for picture, raw in zip(row.pictures, thumbnails, strict=True)
-        ]
-        seen.sheet.append((f"Row {row.number}: {row.prompt}", shown))
+        seen.sheet.append(contacts(row, thumbnails))
 
 
 def _facts(rows: Rows, seen: _Seen, options: ImageOptions) -> dict[str, Any]:
@@ -172,7 +154,9 @@ def _tables(seen: _Seen, sieve: Sieve, options: ImageOptions) -> Iterable[Table]
         reasons = [(why, count) for why, count in sieve.skipped.most_common() if why != HELD_OUT]
         yield Table("Rows that a run leaves out, or refuses", ("reason", "rows"), reasons)
     sizes = [(f"{width} x {height}", n) for (height, width), n in seen.sizes.most_common(12)]
-    yield Table("Sizes, width x height", ("size", "images"), sizes)
+    more = len(seen.sizes) - len(sizes)
+    told = f"And {more} sizes more." if more else ""
+    yield Table("Sizes, width x height", ("size", "images"), sizes, told)
     shapes = [(f"{width} x {height}", n) for (height, width), n in seen.shapes.most_common(12)]
     note = "" if options.buckets else "One square; data_options.buckets takes the nearest shape."
     yield Table("Shapes that rows take", ("shape", "rows"), shapes, note)
@@ -198,6 +182,13 @@ def _findings(
             f"{ties} of {total} rows ({ties / total:.1%}) are ties. ties='drop' leaves them out, "
             "ties='half' keeps them with p_chosen one half.",
         )
+    same = sum(sieve.skipped.get(why, 0) for why in SAME.values())
+    if same:
+        yield Finding(
+            "note",
+            f"{same} of {total} rows have nothing but the same image, and teach nothing. "
+            "identical_pairs='skip' leaves them out.",
+        )
     yield from _bad(sieve, options)
     yield from _duplicates(seen)
     yield from _balance(seen, usable)
@@ -220,7 +211,7 @@ def _findings(
         yield Finding("note", f"{empty} rows have an empty prompt.")
 
 
-_EXPECTED = (TIE, HELD_OUT)
+_EXPECTED = (TIE, HELD_OUT, *SAME.values())
 
 
 def _bad(sieve: Sieve, options: ImageOptions) -> Iterable[Finding]:
@@ -232,8 +223,7 @@ def _bad(sieve: Sieve, options: ImageOptions) -> Iterable[Finding]:
     how = "refuses the first bad one" if options.on_bad_row == "error" else "leaves them out"
     yield Finding(
         "warning",
-        f"Rows that cannot be used or teach nothing: {told}. A run {how} "
-        f"(on_bad_row={options.on_bad_row!r}).",
+        f"Rows that cannot be used: {told}. A run {how} (on_bad_row={options.on_bad_row!r}).",
     )
 
 

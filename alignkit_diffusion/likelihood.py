@@ -241,7 +241,7 @@ def likelihood_of(
     Args:
         checkpointing: "auto" turns it on where one pair of latents of `side` would not fit.
     """
-    memory = MemoryModel.of(unet, device=device, precision=precision, checkpointing=False)
+    memory = MemoryModel.of(unet, device=device, precision=precision)
     if checkpointing == "auto":
         pair = 2 * unet.config.in_channels * side * side
         checkpointing = device.type == "cuda" and not memory.fits(pair)

@@ -18,9 +18,11 @@ from alignkit_diffusion.unloaded import (
     LAZY,
     is_shell,
     place_of,
+    read_aligned,
     shells_of,
     unloaded,
     variant,
+    weight_files,
 )
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -128,6 +130,8 @@ def load_policy(
         nn.Module.to(pipe.unet, device)
         if channels_last:
             nn.Module.to(pipe.unet, memory_format=torch.channels_last)
+        if parts.folder is not None:
+            read_aligned(pipe.unet, weight_files(parts.folder, "unet"))
         align_memory(pipe.unet)
     return Policy(pipe, parts, family, name, borrowed, channels_last)
 

@@ -6,6 +6,7 @@ modules with their settings and without numbers, on torch's meta device. What ne
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable, Sequence
 from importlib import import_module
@@ -98,6 +99,34 @@ def weight_files(folder: Path, name: str) -> list[Path]:
     files = sorted((folder / name).glob("*.safetensors"))
     found = [(path, re.fullmatch(_NAMES, path.name)) for path in files]
     return [path for path, match in found if match and (match[1] or "") == middle]
+
+
+_STORED = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+
+def read_aligned(module: nn.Module, files: Sequence[Path]) -> None:
+    """Read what lies in memory as it lies in a file once more, onto 64-byte boundaries.
+
+    See `alignkit.memory.align_memory`, which would copy it there: then both, the pages of the file
+    and the copy, are in memory at once.
+
+    Args:
+        module: was loaded from the files.
+        files: of the module's weights.
+    """
+    waiting = {name: p for name, p in module.named_parameters() if p.data_ptr() % 64}
+    for path in files:
+        with open(path, "rb") as file:
+            size = int.from_bytes(file.read(8), "little")
+            for name, told in json.loads(file.read(size)).items():
+                parameter = waiting.get(name)
+                if parameter is None or _STORED.get(told["dtype"]) != parameter.dtype:
+                    continue
+                fresh = torch.empty(parameter.shape, dtype=parameter.dtype)
+                file.seek(8 + size + told["data_offsets"][0])
+                raw = fresh.flatten().view(torch.uint8).numpy()
+                if file.readinto(raw.data) == fresh.nbytes == raw.nbytes:
+                    parameter.data = fresh
 
 
 def place_of(name: str) -> Path:

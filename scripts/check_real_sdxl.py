@@ -54,8 +54,8 @@ def pipeline(shape: Shape) -> Any:
     tokenizer.model_max_length = TOKENS
     return StableDiffusionXLPipeline(
         frozen(lambda: vae(shape), 1),
-        frozen(lambda: text_encoder(shape, 0), 2),
-        frozen(lambda: text_encoder(shape, 1), 3),
+        frozen(lambda: text_encoder(shape, 0, tokenizer), 2),
+        frozen(lambda: text_encoder(shape, 1, tokenizer), 3),
         tokenizer,
         tokenizer,
         frozen(lambda: unet(shape), 0),

@@ -86,22 +86,22 @@ def vae(shape: Shape) -> Any:
     )
 
 
-def text_encoder(shape: Shape, number: int) -> Any:
+def text_encoder(shape: Shape, number: int, tokenizer: Any) -> Any:
     """The first or the second, 0 or 1."""
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
     hidden = shape.hidden[number]
     config = CLIPTextConfig(
-        vocab_size=1000,  # embedding tables cost no arithmetic
+        vocab_size=len(tokenizer),
         hidden_size=hidden,
         intermediate_size=4 * hidden,
         num_attention_heads=hidden // HEAD,
         num_hidden_layers=shape.layers[number],
         max_position_embeddings=TOKENS,
         projection_dim=hidden,
-        bos_token_id=0,
-        eos_token_id=1,
-        pad_token_id=1,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
     )
     return (CLIPTextModel, CLIPTextModelWithProjection)[number](config)
 
@@ -122,11 +122,20 @@ def frozen(make: Callable[[], Any], seed: int) -> Any:
         return make().eval().requires_grad_(False)
 
 
+class _Words:
+    """A tokenizer of as many tokens as matter to a count of arithmetic, which reads no table."""
+
+    bos_token_id, eos_token_id, pad_token_id = 0, 1, 1
+
+    def __len__(self) -> int:
+        return 2
+
+
 def proportions(shape: Shape) -> dict[str, float]:
     """GFLOP of each part, for one image or prompt, counted on torch's meta device."""
     with torch.device("meta"):
         denoiser, encoder = unet(shape).eval(), vae(shape).eval()
-        readers = [text_encoder(shape, number).eval() for number in (0, 1)]
+        readers = [text_encoder(shape, number, _Words()).eval() for number in (0, 1)]
         pixels = torch.empty(1, 3, shape.side, shape.side)
         ids = torch.zeros(1, TOKENS, dtype=torch.int64)
         added = {"text_embeds": torch.empty(1, shape.hidden[1]), "time_ids": torch.empty(1, 6)}

@@ -8,10 +8,11 @@ import resource
 import sys
 import time
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import accelerate
 import diffusers
 import numpy as np
 import peft
@@ -19,152 +20,123 @@ import reduced_sdxl as parts
 import torch
 import transformers
 from diffusers import AutoencoderKL, StableDiffusionXLPipeline, UNet2DConditionModel
+from PIL import Image
 from reduced_sdxl import QUICK, REDUCED, TOKENS, TRUE_PROPORTIONS, Shape
 from sdxl_recipe import BETA, Recipe
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
-from alignkit import DPO, LoRA, NoiseBank, Trainer, TrainerOptions
-from alignkit.batches import Batch
-from alignkit.config import RunConfig
+from alignkit import DPO, ImageOptions, LoRA, NoiseBank, TrainerOptions, build
+from alignkit.caching import cache_images
 from alignkit.draws import generator
-from alignkit.parts import build_objective, build_wing
-from alignkit.reference_bank import BankedReference
-from alignkit.runtime import Runtime
-from alignkit.sources import RowSource
-from alignkit_diffusion.autoencoder import Autoencoder
-from alignkit_diffusion.content import ImageContent, PromptEmbeddings
+from alignkit_diffusion import wing
 
 PAIRS = 8
 BATCH = 4
-LIBRARIES = (diffusers, peft, transformers, AutoencoderKL, UNet2DConditionModel)
-LAZY = (CLIPTextModel, CLIPTextModelWithProjection, StableDiffusionXLPipeline)
+PROMPTS = ("a red circle on a blue square", "a green triangle", "two circles", "a small square")
+LIBRARIES = (accelerate, diffusers, peft, transformers, AutoencoderKL, UNet2DConditionModel)
+LAZY = (CLIPTextModel, CLIPTextModelWithProjection, StableDiffusionXLPipeline, build, wing)
 """Imported before memory is looked at, by every contestant alike."""
 
 
 def prepare(folder: Path, shape: Shape) -> dict[str, Any]:
-    """Pictures and token ids for the recipe; latents and embeddings of them as alignkit caches."""
-    drawn = torch.Generator().manual_seed(0)
-    coarse = torch.rand(2 * PAIRS, 3, 16, 16, generator=drawn)
-    pixels = torch.nn.functional.interpolate(coarse, shape.side, mode="bicubic").clamp(0, 1) * 2 - 1
-    ids = torch.randint(2, 1000, (PAIRS, TOKENS), generator=drawn)
-    ids[:, 0], ids[:, -1] = 0, 1
-    vae = parts.frozen(lambda: parts.vae(shape), 1)
-    encoder = Autoencoder(vae, torch.device("cpu"))
-    latents = torch.cat([encoder.encode(some) for some in pixels.split(2)])
-    with torch.no_grad():
-        readers = [parts.frozen(lambda i=i: parts.text_encoder(shape, i), 2 + i) for i in (0, 1)]
-        read = [reader(ids, output_hidden_states=True) for reader in readers]
-    torch.save(
-        {
-            "pixels": pixels.view(PAIRS, 6, shape.side, shape.side),
-            "ids": ids,
-            "latents": latents,
-            "hidden": torch.cat([one.hidden_states[-2] for one in read], dim=-1),
-            "pooled": read[1].text_embeds,
-        },
-        folder / "data.pt",
-    )
-    return {**parts.proportions(shape), "true": TRUE_PROPORTIONS}
-
-
-class CachedPairs:
-    """Pairs whose latents and embeddings were made before: the `Examples` of the benchmark."""
-
-    def __init__(self, data: dict[str, Tensor], side: int) -> None:
-        self.skipped: dict[str, int] = {}
-        self.data = data
-        self.side = float(side)
-
-    def __len__(self) -> int:
-        return len(self.data["hidden"])
-
-    def collate(self, indices: Sequence[int], epochs: Sequence[int]) -> Batch:
-        images = [2 * i + k for i in indices for k in (0, 1)]
-        rows = list(indices)
-        sizes = torch.tensor([self.side, self.side, 0, 0, self.side, self.side])
-        content = ImageContent(
-            tuple(self.data["latents"][images]),
-            sizes.repeat(len(images), 1),
-            PromptEmbeddings(self.data["hidden"][rows], self.data["pooled"][rows]),
-        )
-        group = torch.arange(len(images)) // 2
-        place = torch.arange(len(rows))
-        return Batch(content, group, torch.arange(len(images)) % 2, place, torch.tensor(rows))
-
-    def mismatched(self, indices: Sequence[int]) -> list[int]:
-        return list(range(len(indices)))
-
-
-def pipeline(shape: Shape) -> Any:
-    """The UNet in a pipeline whose other parts are as small as they may be: none of them works."""
+    """The pipeline's files; pictures beside their rows, which `alignkit cache images` encodes; and
+    the same pictures and token ids as tensors, for the recipe."""
     from tiny_sdxl import build_tokenizer
 
-    small = Shape(shape.side, shape.widths, shape.depths, (8,) * 4, (64, shape.hidden[1]), (1, 1))
     tokenizer = build_tokenizer()
-    return StableDiffusionXLPipeline(
-        parts.frozen(lambda: parts.vae(small), 1),
-        parts.frozen(lambda: parts.text_encoder(small, 0), 2),
-        parts.frozen(lambda: parts.text_encoder(small, 1), 3),
+    tokenizer.model_max_length = TOKENS
+    encoders = [
+        parts.frozen(lambda i=i: parts.text_encoder(shape, i, tokenizer), 2 + i) for i in (0, 1)
+    ]
+    StableDiffusionXLPipeline(
+        parts.frozen(lambda: parts.vae(shape), 1),
+        *encoders,
         tokenizer,
         tokenizer,
         parts.frozen(lambda: parts.unet(shape), 0),
         parts.scheduler(),
         add_watermarker=False,
+    ).save_pretrained(folder / "pipeline")
+    drawn = torch.Generator().manual_seed(0)
+    coarse = torch.rand(2 * PAIRS, 3, 16, 16, generator=drawn)
+    smooth = torch.nn.functional.interpolate(coarse, shape.side, mode="bicubic").clamp(0, 1)
+    shown = (255 * smooth).round().to(torch.uint8)  # (16, 3, H, W), as a PNG keeps it
+    rows, data = [], folder / "data"
+    data.mkdir()
+    for pair in range(PAIRS):
+        row = {"prompt": f"{PROMPTS[pair % len(PROMPTS)]} and a number {pair}"}
+        for side, name in enumerate(("chosen", "rejected")):
+            row[name] = f"{name}_{pair}.png"
+            Image.fromarray(shown[2 * pair + side].permute(1, 2, 0).numpy()).save(data / row[name])
+        rows.append(row)
+    (data / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    cache_images(
+        str(folder / "pipeline"),
+        str(data),
+        data_options=options(folder),
+        trainer=TrainerOptions(precision="fp32"),
     )
+    read = {"padding": "max_length", "truncation": True, "return_tensors": "pt"}
+    ids = tokenizer([row["prompt"] for row in rows], max_length=TOKENS, **read).input_ids
+    pixels = (shown.float() / 255 * 2 - 1).view(PAIRS, 6, shape.side, shape.side)
+    torch.save({"pixels": pixels, "ids": ids}, folder / "data.pt")
+    return {**parts.proportions(shape), "true": TRUE_PROPORTIONS}
+
+
+def options(folder: Path) -> ImageOptions:
+    """Float32, since what is compared are logits to four places; float16 is the default."""
+    return ImageOptions(cache=str(folder / "cache"), cache_dtype="fp32")
 
 
 class Ours:
-    """alignkit's own trainer, objective and likelihood on cached rows."""
+    """alignkit's own call on a cached folder."""
 
-    def __init__(self, name: str, shape: Shape, data: dict[str, Tensor]) -> None:
-        options = TrainerOptions(
-            max_steps=10_000,
-            batch_size=BATCH,
-            learning_rate=1e-5,
-            precision="fp32",
-            gradient_checkpointing=name == "checkpointed",
-        )
-        pipe = pipeline(shape)
-        config = RunConfig(
-            pipe,
+    def __init__(self, name: str, folder: Path) -> None:
+        self.run = build(
+            str(folder / "pipeline"),
             DPO(beta=BETA),
-            data=[],
+            str(folder / "data"),
             adapter=LoRA(rank=8, targets="attention"),
             reference=NoiseBank(draws=2) if name == "bank" else "auto",
-            trainer=options,
+            data_options=options(folder),
+            trainer=TrainerOptions(
+                max_steps=10_000,
+                batch_size=BATCH,
+                learning_rate=1e-5,
+                precision="fp32",
+                gradient_checkpointing=name == "checkpointed",
+                shuffle=False,
+            ),
         )
-        runtime = Runtime()
-        self.unet = pipe.unet
-        self.wing = build_wing(config, "image", runtime)
-        self.objective, _ = build_objective(config, self.wing, runtime)
-        rows = CachedPairs(data, shape.side)
-        source = RowSource(
-            rows, batch_size=BATCH, epochs=None, seed=0, processes=runtime, shuffle=False
-        )
-        trainer = Trainer(self.objective, source, options, runtime=runtime)
-        if isinstance(self.objective.reference, BankedReference):
-            self.objective.reference.fill(rows)
-        self.rows = rows
-        self.records: Iterator[Any] = trainer.steps()
+        self.unet = self.run.wing.backend.module.unet
+        self.rows = self.run.trainer.source.examples
+        self.records: Iterator[Any] = self.run.steps()
 
     def step(self) -> float:
         return next(self.records).loss
 
+    def loaded(self) -> list[str]:
+        """Parts of the pipeline that are in memory beside the UNet."""
+        parts = self.run.wing._loaded.parts
+        return [name for name, shell in parts.shells.items() if shell.filled]
+
     def logits(self, rows: list[int]) -> Tensor:
         batch = self.rows.collate(rows, [0] * len(rows))
-        (micro,) = self.objective.micro_batches(batch, 1)
-        return BETA * self.objective.scores(micro).margin
+        objective = self.run.trainer.objective
+        micros = objective.micro_batches(batch, 1)
+        return torch.cat([BETA * objective.scores(micro).margin for micro in micros])
 
 
 class Theirs:
     """The recipe on pictures and token ids."""
 
-    def __init__(self, name: str, shape: Shape, data: dict[str, Tensor]) -> None:
-        self.recipe = Recipe(shape, checkpointing=True)
+    def __init__(self, folder: Path, shape: Shape) -> None:
+        self.recipe = Recipe(folder / "pipeline", shape, checkpointing=True)
         self.unet = self.recipe.unet
         self.shape = shape
+        data = torch.load(folder / "data.pt", mmap=True)
         self.pixels, self.ids = data["pixels"], data["ids"]
         self.taken = 0
 
@@ -175,13 +147,26 @@ class Theirs:
         return self.recipe.told["loss"]
 
     def logits(self, rows: list[int]) -> Tensor:
-        """On the draws that alignkit makes for step 1 of seed 0."""
+        return self.recipe.logits(self.pixels[rows], self.ids[rows], self._draws(len(rows)))[0]
+
+    def _draws(self, num: int) -> tuple[Tensor, Tensor]:
+        """Those that alignkit makes for step 1 of seed 0."""
         size = (4, self.shape.latent, self.shape.latent)
-        keys = [(0, 1, place) for place in range(len(rows))]
+        keys = [(0, 1, place) for place in range(num)]
         timesteps = [int(generator("timestep", *key).integers(1000)) for key in keys]
         noise = [generator("noise", *key).standard_normal(size, dtype="float32") for key in keys]
-        draws = torch.tensor(timesteps), torch.from_numpy(np.stack(noise))
-        return self.recipe.logits(self.pixels[rows], self.ids[rows], draws)[0]
+        return torch.tensor(timesteps), torch.from_numpy(np.stack(noise))
+
+    def exact(self, rows: list[int]) -> Tensor:
+        """The same logits in float64, a pair at a time."""
+        self.recipe.double()
+        timesteps, noise = self._draws(len(rows))
+        found = []
+        for place, row in enumerate(rows):
+            draws = timesteps[place : place + 1], noise[place : place + 1].double()
+            pixels = self.pixels[row : row + 1].double()
+            found.append(self.recipe.logits(pixels, self.ids[row : row + 1], draws)[0])
+        return torch.cat(found)
 
 
 def perturb(unet: Any) -> None:
@@ -218,10 +203,9 @@ class Contestant:
         return prepare(self.folder, self.shape)
 
     def ready(self) -> dict[str, Any]:
-        data = torch.load(self.folder / "data.pt", mmap=True)
-        kind = Theirs if self.name == "recipe" else Ours
-        self.made = kind(self.name, self.shape, data)
-        return {}
+        recipe = self.name == "recipe"
+        self.made = Theirs(self.folder, self.shape) if recipe else Ours(self.name, self.folder)
+        return {"loaded": [] if recipe else self.made.loaded()}
 
     def step(self) -> dict[str, Any]:
         before = time.process_time()
@@ -238,11 +222,13 @@ class Contestant:
         return {"gflop": counter.get_total_flops() / 1e9}
 
     def logits(self) -> dict[str, Any]:
-        """Two pairs at a time: kernels for other numbers of images round in other places."""
+        """Of a perturbed adapter: two pairs at a time, and four at once."""
         perturb(self.made.unet)
         with torch.no_grad():
-            found = [self.made.logits([row, row + 1]) for row in range(0, PAIRS, 2)]
-        return {"logits": torch.cat(found).tolist()}
+            by_two = [self.made.logits([row, row + 1]) for row in range(0, PAIRS, 2)]
+            four = self.made.logits([0, 1, 2, 3])
+            exact = self.made.exact([0, 1, 2, 3]).tolist() if self.name == "recipe" else None
+        return {"logits": torch.cat(by_two).tolist(), "four": four.tolist(), "exact": exact}
 
     def end(self) -> None:
         pass

@@ -8,13 +8,16 @@ four numbers read from the device every step.
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import reduced_sdxl as parts
 import torch
+from diffusers import AutoencoderKL, UNet2DConditionModel
 from reduced_sdxl import Shape
 from torch import Tensor
 from torch.nn import functional
+from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
 BETA = 5000.0
 VAE_BATCH = 8
@@ -24,19 +27,23 @@ class Recipe:
     """The parts and the step.
 
     Args:
-        shape: sizes of the parts.
+        folder: of the pipeline.
+        shape: sizes of its parts.
         checkpointing: as the recipe has it.
     """
 
-    def __init__(self, shape: Shape, *, checkpointing: bool = True) -> None:
+    def __init__(self, folder: Path, shape: Shape, *, checkpointing: bool = True) -> None:
         from peft import LoraConfig
 
         self.shape = shape
-        self.unet = parts.frozen(lambda: parts.unet(shape), 0)
-        self.vae = parts.frozen(lambda: parts.vae(shape), 1)
+        self.unet = UNet2DConditionModel.from_pretrained(folder, subfolder="unet")
+        self.vae = AutoencoderKL.from_pretrained(folder, subfolder="vae")
         self.encoders = [
-            parts.frozen(lambda i=i: parts.text_encoder(shape, i), 2 + i) for i in (0, 1)
+            CLIPTextModel.from_pretrained(folder, subfolder="text_encoder"),
+            CLIPTextModelWithProjection.from_pretrained(folder, subfolder="text_encoder_2"),
         ]
+        for part in (self.unet, self.vae, *self.encoders):
+            part.requires_grad_(False).eval()
         self.scheduler = parts.scheduler("DDPMScheduler")
         names = ["to_q", "to_k", "to_v", "to_out.0"]
         config = LoraConfig(r=8, lora_alpha=8, init_lora_weights="gaussian", target_modules=names)
@@ -47,6 +54,11 @@ class Recipe:
         self.trained = [p for p in self.unet.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(self.trained, lr=1e-5, fused=True)
         self.told: dict[str, float] = {}
+
+    def double(self) -> None:
+        """Compute in float64 from now on."""
+        for part in (self.unet, self.vae, *self.encoders):
+            part.double()
 
     def step(self, pixels: Tensor, ids: Tensor) -> None:
         """One optimizer step on pixels (B, 6, H, W), winner and loser, and token ids (B, 77)."""
@@ -100,7 +112,9 @@ class Recipe:
 
     def _errors(self, noisy: Tensor, timesteps: Tensor, target: Tensor, given: Any) -> Tensor:
         prediction = self.unet(noisy, timesteps, **given).sample
-        error = functional.mse_loss(prediction.float(), target.float(), reduction="none")
+        exact = prediction.dtype == torch.float64
+        prediction, target = (one if exact else one.float() for one in (prediction, target))
+        error = functional.mse_loss(prediction, target, reduction="none")
         return error.mean(dim=(1, 2, 3))
 
     @torch.no_grad()

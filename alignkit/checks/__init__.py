@@ -134,8 +134,15 @@ def _check_data_options(config: RunConfig, modality: str | None) -> None:
     if isinstance(options, Mapping):
         known = {**hints(TextOptions), **hints(ImageOptions)}
         refuse_unknown_keys("data_options", options, known)
-    if modality is not None:
-        resolve_data_options(config, modality)
+    if modality is None:
+        return
+    found = resolve_data_options(config, modality)
+    if isinstance(found, ImageOptions) and found.cache is None and found.cache_dtype != "fp16":
+        raise ConfigError(
+            "data_options.cache_dtype is that of a cache on disk, and data_options.cache is None; "
+            f"got cache_dtype={found.cache_dtype!r}. Give cache a folder or 'auto', or leave "
+            "cache_dtype out."
+        )
 
 
 def _check_generation(config: RunConfig, modality: str | None) -> None:

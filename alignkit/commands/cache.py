@@ -75,7 +75,10 @@ def images(
     folder: Annotated[
         str | None, typer.Option(help="The cache; the user's own without it.")
     ] = None,
-    kind: Annotated[str, typer.Option(help="pairs, groups or unpaired.")] = "pairs",
+    kind: Annotated[
+        str | None,
+        typer.Option(help="pairs, groups, unpaired or supervised; a YAML file's method says it."),
+    ] = None,
     verify: Annotated[
         bool, typer.Option("--verify", help="Read all of it first; mend what is damaged.")
     ] = False,

@@ -104,7 +104,7 @@ def write_evaluation(found: Evaluation, folder: Path) -> None:
             title=_title(found),
             result=result_card(facts),
             warnings=found.warnings,
-            columns=[found.against, found.model] if found.against else [found.model],
+            columns=list(short_names(*([found.against] if found.against else []), found.model)),
             rows=cells[:MOST_ROWS],
             left_out=max(0, len(cells) - MOST_ROWS),
             pictures=found.modality == "image",
@@ -113,6 +113,12 @@ def write_evaluation(found: Evaluation, folder: Path) -> None:
             settings=[(label(key), show(value)) for key, value in found.settings.items() if value],
         )
         (place / "index.html").write_text(page, encoding="utf-8")
+
+
+def short_names(*names: str) -> tuple[str, ...]:
+    """The last two parts of paths, which fit over a picture; the whole, where those are alike."""
+    found = tuple("/".join(Path(name).parts[-2:]) for name in names)
+    return found if len(set(found)) == len(names) else names
 
 
 def _title(found: Evaluation) -> str:
@@ -158,9 +164,10 @@ def _write_strip(strip: Strip, number: int, place: Path) -> dict[str, Any]:
         one.save(path)
         return picture(path)
 
+    sides = zip(short_names(*strip.rows), strip.rows.values(), strict=True)
     rows = {
         side: [kept(one, f"{index}-{nth}") for nth, one in enumerate(made)]
-        for index, (side, made) in enumerate(strip.rows.items())
+        for index, (side, made) in enumerate(sides)
     }
     source = kept(strip.source, "source")
     return {"prompt": strip.prompt, "way": strip.way, "source": source, "rows": rows}

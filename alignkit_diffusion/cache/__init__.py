@@ -2,6 +2,7 @@
 
     store     tensors by content key: `shard` is one file of them, `index` says where each is
     arrays    arrays as one checked file
+    writing   files that are whole or not there, and what is said when the disk is full
     job       blocks of a data set that processes share by file locks
     keys      hashes of weights, data and options; `facts` puts them together
     build     the pass over a data set that fills the stores, and the check that they are full

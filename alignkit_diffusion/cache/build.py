@@ -19,9 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from alignkit.atomic import atomic_write
 from alignkit.columns import Sieve
-from alignkit.errors import CheckpointError, DataError
 from alignkit.options import ImageOptions
 from alignkit.places import cache_folder
 from alignkit.records import to_json
@@ -37,6 +35,7 @@ from alignkit_diffusion.cache.facts import (
 from alignkit_diffusion.cache.job import Job
 from alignkit_diffusion.cache.keys import DTYPES, identity_of, space_of, stamp
 from alignkit_diffusion.cache.store import Store
+from alignkit_diffusion.cache.writing import write
 from alignkit_diffusion.conditioning import StoredPrompts
 from alignkit_diffusion.families import Family
 from alignkit_diffusion.geometry import Geometry
@@ -262,13 +261,7 @@ class Builder:
         """What a folder of hashed names is about, for people."""
         path = folder / "about.json"
         if not path.exists():
-            try:
-                atomic_write(path, to_json(dict(facts), "about.json", indent=1) + "\n")
-            except CheckpointError as error:
-                raise DataError(
-                    f"The cache could not write {path}: {error.__cause__}. Free some space, or "
-                    "give another folder (data_options.cache)."
-                ) from error
+            write(path, to_json(dict(facts), "about.json", indent=1) + "\n")
 
 
 class _Late(Rows):

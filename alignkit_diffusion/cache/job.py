@@ -14,8 +14,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from alignkit.atomic import atomic_write
 from alignkit_diffusion.cache.arrays import Arrays, dump_arrays, load_arrays
+from alignkit_diffusion.cache.writing import make_folder, write
 
 POLL = 0.1
 _JOIN, _MEND = 0, 1
@@ -33,7 +33,7 @@ class Job:
     def __init__(self, folder: Path) -> None:
         self.folder = Path(folder)
         self._joined = self.folder / "table.safetensors"
-        (self.folder / "parts").mkdir(parents=True, exist_ok=True)
+        make_folder(self.folder / "parts")
 
     def result(self) -> Arrays | None:
         """What was joined; None before, and if it is damaged, which is then forgotten."""
@@ -63,7 +63,7 @@ class Job:
 
     def done(self, block: int, arrays: Arrays) -> None:
         """Keep the result of a block."""
-        atomic_write(self._part(block), dump_arrays(arrays))
+        write(self._part(block), dump_arrays(arrays))
 
     def part(self, block: int) -> Arrays | None:
         """The result of a block."""
@@ -83,9 +83,9 @@ class Job:
 
     def finish(self, arrays: Arrays) -> None:
         """Keep the joined result, and drop the parts."""
-        atomic_write(self._joined, dump_arrays(arrays))
+        write(self._joined, dump_arrays(arrays))
         shutil.rmtree(self.folder / "parts", ignore_errors=True)
-        (self.folder / "parts").mkdir(exist_ok=True)
+        make_folder(self.folder / "parts")
 
     def forget(self) -> None:
         """Drop the result: the data is not what it was."""

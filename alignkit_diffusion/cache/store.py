@@ -20,10 +20,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from alignkit.atomic import atomic_write
-from alignkit.errors import CheckpointError, DataError
 from alignkit_diffusion.cache.index import Index, Place
 from alignkit_diffusion.cache.shard import Damaged, Entry, checksum, contents_of, names_of, pack
+from alignkit_diffusion.cache.writing import make_folder, write
 
 log = logging.getLogger("alignkit")
 
@@ -128,7 +127,7 @@ class Store:
         name = secrets.token_hex(12) + SUFFIX
         tensors, keys, sums, names = pack(self._waiting)
         raw = save(tensors, metadata={"names": "|".join(" ".join(group) for group in names)})
-        self._write(self.folder / name, raw)
+        write(self.folder / name, raw)
         self._index.add_shard(name, len(raw), keys, sums, names)
         self._waiting, self._bytes = {}, 0
 
@@ -136,7 +135,7 @@ class Store:
         """Write the index of all shards, so that the next start reads one file."""
         self.flush()
         self.refresh()
-        self._write(self.folder / "index.arrays", self._index.dump())
+        write(self.folder / "index.arrays", self._index.dump())
 
     def mend(self, shard: str) -> int:
         """Keep what is whole of a shard in a new one, and give up the rest.
@@ -225,10 +224,7 @@ class Store:
             os.replace(path, path.with_suffix(".damaged"))
 
     def _make_folder(self) -> None:
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise _refused(self.folder, error) from error
+        make_folder(self.folder)
         # What a killed process had begun to write; a living one takes seconds, not an hour.
         for path in self.folder.glob(".alignkit-tmp-*"):
             try:
@@ -236,20 +232,3 @@ class Store:
                     path.unlink()
             except FileNotFoundError:
                 continue
-
-    @staticmethod
-    def _write(path: Path, raw: bytes) -> None:
-        try:
-            atomic_write(path, raw)
-        except CheckpointError as error:
-            cause = error.__cause__
-            raise _refused(path, cause if isinstance(cause, OSError) else error) from error
-
-
-def _refused(path: Path, error: Exception) -> DataError:
-    reason = (error.strerror if isinstance(error, OSError) else None) or str(error)
-    return DataError(
-        f"The cache could not write {path}: {reason}. What it holds is whole. Free some space, or "
-        "give another folder (data_options.cache), and start the same command again: it goes on "
-        "where it stopped."
-    )

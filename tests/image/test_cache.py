@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
 import os
@@ -15,8 +16,8 @@ from typer.testing import CliRunner
 
 from alignkit import DPO, LoRA, TrainerOptions, align
 from alignkit.cli import app
-from alignkit.errors import DataError
-from alignkit.options import ImageOptions
+from alignkit.errors import ConfigError, DataError
+from alignkit.options import ImageOptions, ScoreLabels
 from alignkit_diffusion import build, caching
 from alignkit_diffusion.autoencoder import Autoencoder
 from alignkit_diffusion.cache import build as building
@@ -223,6 +224,45 @@ def test_damage_met_in_training_is_mended(
     assert equal(batch_of(third), expected, 1e-5) and not encoded
 
 
+def test_a_disk_that_fills_at_any_moment_harms_nothing(
+    pipeline_folder: Path,
+    rows: Rows,
+    image_folder: Write,
+    tmp_path: Path,
+    encoded: list[int],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Full from the n-th write on, for each n until there are no more writes: the same call, told
+    to come again, ends with what an undisturbed one has, and encodes no image twice."""
+    monkeypatch.setattr(building, "BLOCK", 4)
+    data, plain = image_folder(rows), os.fsync
+    left = 0
+
+    def filling(handle: int) -> None:
+        nonlocal left
+        if left == 0:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        left -= 1
+        plain(handle)
+
+    monkeypatch.setattr(os, "fsync", filling)
+    wing, expected = read(str(pipeline_folder), data, ImageOptions(resolution=16))
+    encoded.clear()
+    refused, given = 0, options(tmp_path / "cache")
+    while True:
+        left = 1 + refused  # a file is one write, and the entry in its folder another one
+        try:
+            examples = wing.examples(data, given, kind="pairs", seed=0)
+            break
+        except DataError as error:
+            refused += 1
+            assert "No space left" in str(error) and "it goes on where it stopped" in str(error)
+            assert refused < 30
+    assert refused >= 4 and equal(batch_of(examples), batch_of(expected), 1e-5)
+    assert sum(encoded) <= 16 + 8  # a block whose shard could not be written is encoded again
+    assert not list((tmp_path / "cache").rglob(".alignkit-tmp-*"))
+
+
 def test_random_crops_stay_in_memory_and_prompts_are_kept(
     pipeline_folder: Path, rows: Rows, tmp_path: Path
 ) -> None:
@@ -302,6 +342,26 @@ def test_the_command_fills_mends_and_loads_no_unet(
     assert equal(batch_of(examples), batch_of(uncached), 1e-5)
     missing = CliRunner().invoke(app, command[:3])
     assert missing.exit_code == 2 and "--model PIPELINE" in missing.output
+
+
+def test_the_command_reads_the_rows_of_the_files_method(
+    pipeline_folder: Path, image_folder: Write, tmp_path: Path
+) -> None:
+    data = image_folder([{"prompt": "a cat", "image": picture(1)}])
+    file = tmp_path / "run.yaml"
+    file.write_text(f"policy: {pipeline_folder}\nmethod: sft\ndata: {data}\n")
+    command = ["cache", "images", str(file), "--folder", str(tmp_path / "cache")]
+    found = CliRunner().invoke(app, [*command, "data_options.resolution=16"])
+    assert found.exit_code == 0 and "rows: 1\nimages: 1" in found.output, found.output
+
+
+def test_options_that_would_do_nothing_are_refused(rows: Rows) -> None:
+    with pytest.raises(ConfigError, match=r"bucket_step=32 without them. Add buckets=True"):
+        ImageOptions(bucket_step=32)
+    with pytest.raises(ConfigError, match=r"temperature=2.0 without it. Add soft=True"):
+        ScoreLabels(folder="scores", scorer="clip", temperature=2.0)
+    with pytest.raises(ConfigError, match=r"cache_dtype='fp32'. Give cache a folder"):
+        align(make_pipeline(), DPO(), rows, data_options=ImageOptions(cache_dtype="fp32"))
 
 
 @pytest.mark.slow  # imports datasets

@@ -61,6 +61,8 @@ def test_rows_of_pick_a_pic_are_examined() -> None:
     assert told["Which column holds the better image"] == {"jpg_0": 4, "jpg_1": 1}
     text = "\n".join(f"{finding.level}: {finding.text}" for finding in report.findings)
     assert "1 of 9 rows (11.1%) are ties" in text
+    assert "note: 1 of 9 rows have nothing but the same image" in text
+    assert "warning: Rows that cannot be used: 1 unreadable image, 1 no label" in text
     assert "warning: 1 pairs are there both ways round" in text and "rows 0, 2" in text
     assert "note: 1 rows repeat another one" in text and "rows 1, 3" in text
     assert "jpg_0 holds the better image in 80%" in text
@@ -69,6 +71,8 @@ def test_rows_of_pick_a_pic_are_examined() -> None:
     (gallery,) = report.galleries
     assert gallery.rows[0][0] == "Row 0: a cat"
     assert all(len(pictures) == 2 for _, pictures in gallery.rows)
+    captions = [shown.caption for shown in gallery.rows[0][1]]
+    assert captions == ["chosen: jpg_0, 24 x 24", "rejected: jpg_1, 24 x 24"]
     shown = Image.open(io.BytesIO(gallery.rows[0][1][0].data))
     assert shown.size == (24, 24)
     assert "usable rows" in terminal(report).lower()

@@ -1,6 +1,7 @@
 """The invariants of Diffusion-DPO that must hold whatever else changes, each by its number.
 
-Some live by the code they are about: `ELSEWHERE` names those.
+Each has a test here; those that look at the code in question from nearer by stand beside it, and
+`BESIDE` names them.
 
      1  the loss before the first update is ln 2
      2  goldens, and the gradient identity
@@ -24,21 +25,34 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
-from alignkit import DPO, GenerationOptions, LoRA, TrainerOptions, build
+from alignkit import (
+    DPO,
+    DataError,
+    GenerationOptions,
+    ImageOptions,
+    LoRA,
+    TrainerOptions,
+    align,
+    build,
+)
 from alignkit.adapters import adapters_off
 from alignkit_diffusion import build as build_wing
+from alignkit_diffusion.lora import DIFFUSERS_FILE, KOHYA_FILE
 from tests.image import (
     test_buckets,
+    test_cache,
     test_data,
     test_layouts,
     test_likelihood,
     test_lora,
     test_runs,
 )
-from tests.image.conftest import BUILD, make_pipeline
+from tests.image.conftest import BUILD, make_pipeline, picture
 
 BETA = 5000.0
 
@@ -124,6 +138,82 @@ def test_05_processes_see_draws_of_their_own(rows: list[dict[str, Any]]) -> None
     assert len(set(sums)) == 4 and sums == [float(noise.sum()) for noise in whole.noise]
 
 
+def test_06_errors_are_reduced_in_float32(rows: list[dict[str, Any]]) -> None:
+    """Of a UNet in bfloat16, the logits are those of its very predictions in float64."""
+    wing = build_wing(make_pipeline(), adapter=LoRA(rank=2), **{**BUILD, "precision": "bf16"})
+    batch = wing.examples(rows[:3], None, kind="pairs", seed=0).collate(range(3), [0] * 3)
+    draw = wing.backend.draw(batch, (0, 1))
+    said: list[torch.Tensor] = []
+    handle = wing.policy.unet.register_forward_hook(lambda *given: said.append(given[-1][0]))
+    with torch.no_grad():
+        total = wing.backend.module(batch, draw).total
+    handle.remove()
+    assert said[0].dtype == torch.bfloat16 and total.dtype == torch.float32
+    noise = torch.stack(draw.noise)[batch.group].double()
+    exact = -0.5 * (said[0].double() - noise).square().mean(dim=(1, 2, 3))
+    assert (BETA * (total - exact)).abs().max() < 1e-3
+    half = -0.5 * (said[0] - noise.bfloat16()).square().mean(dim=(1, 2, 3))
+    assert (BETA * (half - exact)).abs().max() > 0.1  # what reducing in it would do
+
+
+def test_07_ties_follow_a_rule_and_are_counted(rows: list[dict[str, Any]]) -> None:
+    labels = (1.0, 0.5, 0.0, 0.5)
+    picked = [
+        {"caption": r["prompt"], "jpg_0": r["chosen"], "jpg_1": r["rejected"], "label_0": label}
+        for r, label in zip(rows, labels, strict=False)
+    ]
+    wing = build_wing(make_pipeline(), adapter=LoRA(rank=2), **BUILD)
+
+    def read(**ties: Any) -> Any:
+        return wing.examples(picked, ImageOptions(**ties), kind="pairs", seed=0)
+
+    dropped, half = read(), read(ties="half")
+    assert list(dropped.labels.rows) == [0, 2] and dropped.skipped == {"tie": 2}
+    assert half.collate(range(4), [0] * 4).p_chosen.tolist() == [1.0, 0.5, 1.0, 0.5]
+    with pytest.raises(DataError, match="tie"):
+        read(ties="error")
+
+
+def test_08_crop_flip_and_dropout_are_shared_by_a_pair() -> None:
+    """Twice the same picture in a pair: whatever an epoch does, both sides stay the same."""
+    same = {"prompt": "a cat", "chosen": picture(1, 40, 24), "rejected": picture(1, 40, 24)}
+    options = ImageOptions(
+        crop="random", flip=True, caption_dropout=0.5, identical_pairs="keep", resolution=16
+    )
+    wing = build_wing(make_pipeline(), adapter=LoRA(rank=2), **BUILD)
+    examples = wing.examples([same], options, kind="pairs", seed=0)
+    seen = []
+    for epoch in range(8):
+        content = examples.collate([0], [epoch]).content
+        assert torch.equal(*content.latents) and torch.equal(*content.geometry)
+        assert len(content.prompts) == 1  # one for both, dropped or not
+        seen.append((content.latents[0].sum().item(), bool(content.prompts.hidden.any())))
+    assert len({latent for latent, _ in seen}) > 4 and {kept for _, kept in seen} == {True, False}
+
+
+def test_09_time_ids_are_each_images_own_in_a_batch_of_mixed_sizes() -> None:
+    """As the UNet gets them. 40 x 20 covers 16 px at 32 x 16, and its middle begins at 8."""
+    sizes = ((40, 20), (16, 16), (24, 30), (1366, 64))  # width, height
+    expected = [
+        [20, 40, 0, 8, 16, 16],
+        [16, 16, 0, 0, 16, 16],
+        [30, 24, 2, 0, 16, 16],
+        [64, 1366, 0, 163, 16, 16],  # in bfloat16, 1366 would be 1368
+    ]
+    pictures = [picture(number, *size) for number, size in enumerate(sizes)]
+    pairs = [
+        {"prompt": "a cat", "chosen": pictures[i], "rejected": pictures[i + 1]} for i in (0, 2)
+    ]
+    wing = build_wing(make_pipeline(), adapter=LoRA(rank=2), **{**BUILD, "precision": "bf16"})
+    batch = wing.examples(pairs, None, kind="pairs", seed=0).collate([0, 1], [0, 0])
+    seen: list[torch.Tensor] = []
+    projection = wing.policy.unet.add_time_proj
+    projection.register_forward_pre_hook(lambda _, given: seen.append(given[0]))
+    with torch.no_grad():
+        wing.backend.module(batch, wing.backend.draw(batch, (0, 1)))
+    assert seen[0].dtype == torch.float32 and seen[0].view(4, 6).tolist() == expected
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("adapter", [LoRA(rank=2), None], ids=["lora", "whole"])
 def test_10_the_reference_stands_still(
@@ -207,6 +297,21 @@ def test_11_a_resumed_run_continues_the_same_adapter(
     assert all(value.abs().max() > 0 for key, value in saved.items() if ".lora_B." in key)
 
 
+@pytest.mark.parametrize("name", [DIFFUSERS_FILE, KOHYA_FILE])
+def test_12_exported_adapters_predict_the_same(
+    name: str, rows: list[dict[str, Any]], tmp_path: Path
+) -> None:
+    """What training left, read by diffusers' own reader from either file."""
+    run = trained(rows)
+    run.wing.save(tmp_path, base="owner/base")
+    pipe = make_pipeline()
+    before = test_lora.prediction(pipe.unet)
+    pipe.load_lora_weights(tmp_path, weight_name=name)
+    expected = test_lora.prediction(run.wing.policy.unet)
+    assert torch.allclose(test_lora.prediction(pipe.unet), expected, rtol=0, atol=1e-5)
+    assert not torch.allclose(before, expected, rtol=0, atol=1e-3)
+
+
 def test_13_adapters_switch_under_checkpointing(rows: list[dict[str, Any]]) -> None:
     """The reference goes first; the adapter is on again while backward recomputes."""
     gradients = []
@@ -247,7 +352,68 @@ def test_13_adapters_switch_under_compile(rows: list[dict[str, Any]]) -> None:
         assert torch.allclose(one, other, atol=1e-5)
 
 
-ELSEWHERE: dict[int, list[Any]] = {
+@pytest.mark.slow
+def test_14_training_from_the_cache_is_training_without(
+    pipeline_folder: Path, image_folder: Any, rows: list[dict[str, Any]], tmp_path: Path
+) -> None:
+    """From disk, by a run that finds everything there and encodes nothing; and half precision
+    within its rounding."""
+    data = image_folder(rows)
+
+    def losses(**options: Any) -> list[float]:
+        run = build(
+            str(pipeline_folder),
+            DPO(),
+            data,
+            adapter=LoRA(rank=2),
+            data_options=ImageOptions(resolution=16, flip=True, caption_dropout=0.3, **options),
+            trainer=TrainerOptions(max_steps=4, batch_size=4, learning_rate=1e-3, precision="fp32"),
+        )
+        return [record.loss for record in run.steps()]
+
+    plain = losses()
+    for dtype, tolerance in (("fp32", 1e-4), ("fp16", 2e-2)):
+        cache = {"cache": str(tmp_path / "cache"), "cache_dtype": dtype}
+        filled, found = losses(**cache), losses(**cache)
+        assert filled == found == pytest.approx(plain, abs=tolerance)
+    assert max(abs(loss - plain[0]) for loss in plain) > 2e-2  # they move
+
+
+def tinted(seed: int, channel: int) -> Image.Image:
+    """A random picture in which one colour is strong everywhere."""
+    drawn = np.random.default_rng(seed)
+    coarse = drawn.integers(0, 160, (4, 4, 3)).astype(np.uint8)
+    coarse[..., channel] = drawn.integers(200, 256, (4, 4))
+    return Image.fromarray(coarse).resize((16, 16), Image.Resampling.BICUBIC)
+
+
+@pytest.mark.slow
+def test_15_a_toy_preference_is_learned_and_the_winner_not_spoiled() -> None:
+    """Red over blue. On pictures that no row of training has, from chance to four in five; the
+    winner's error falls below the reference's, and the loser's less."""
+
+    def pairs(numbers: range) -> list[dict[str, Any]]:
+        return [
+            {"prompt": "a cat", "chosen": tinted(2 * n, 0), "rejected": tinted(2 * n + 1, 2)}
+            for n in numbers
+        ]
+
+    result = align(
+        make_pipeline(),
+        DPO(anchor=10.0),
+        pairs(range(24)),
+        eval_data=pairs(range(100, 116)),
+        trainer=TrainerOptions(
+            max_steps=60, batch_size=8, learning_rate=1e-4, precision="fp32", eval_every=60
+        ),
+    )
+    found = result.metrics
+    assert found["eval/rewards/accuracies"] >= 0.8
+    assert found["eval/error/chosen"] < found["eval/error/rejected"]
+    assert found["eval/error/chosen"] <= 0
+
+
+BESIDE: dict[int, list[Any]] = {
     2: [test_likelihood.test_goldens],
     5: [
         test_likelihood.test_draws_differ_between_positions_steps_and_seeds,
@@ -270,12 +436,16 @@ ELSEWHERE: dict[int, list[Any]] = {
         test_lora.test_saved_adapters_load_back_to_the_same_prediction,
         test_lora.test_kohya_names_of_every_layer_come_back,
     ],
-    14: [test_data.test_latents_are_the_scaled_posterior_mean],
+    14: [
+        test_cache.test_cached_and_uncached_agree,
+        test_cache.test_half_precision_is_within_its_rounding,
+        test_data.test_latents_are_the_scaled_posterior_mean,
+    ],
     15: [test_likelihood.test_dpo_steps_raise_the_margin],
 }
-"""Number -> tests that live by the code they are about."""
+"""Number -> further tests, where the code is that they are about."""
 
 
 def test_all_fifteen_are_tested() -> None:
     here = {int(name[5:7]) for name in globals() if name[:5] == "test_" and name[5:7].isdigit()}
-    assert here | set(ELSEWHERE) == set(range(1, 16))
+    assert here == set(range(1, 16)) and set(BESIDE) <= here

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 import sys
+from argparse import Namespace
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -31,6 +33,7 @@ def test_the_benchmark_against_the_recipe() -> None:
     assert all(loss == pytest.approx(0.693147, abs=2e-5) for loss in found["first_loss"].values())
     # Little enough to round by: the same function on the same draws.
     assert bench.logit_gap(found) < 2e-3
+    assert all(value < 2e-3 for value in bench.rounding(found).values())
     assert rows["recipe"]["work"] == 1.0
     assert rows["bank"]["gflop"] < rows["plain"]["gflop"] < rows["checkpointed"]["gflop"]
     assert rows["checkpointed"]["gflop"] < rows["recipe"]["gflop"]
@@ -45,6 +48,16 @@ def test_the_reduced_model_keeps_the_proportions() -> None:
     found = proportions(REDUCED)
     for part, share in TRUE_PROPORTIONS.items():
         assert found[part] / found["unet"] == pytest.approx(share, abs=0.01)
+
+
+@pytest.mark.slow
+def test_the_benchmark_of_the_cache(tmp_path: Path) -> None:
+    import bench_image_cache as bench
+
+    quick = Namespace(quick=True, device="cpu")
+    (building,) = bench.build(tmp_path / "build", quick)
+    (reading,) = bench.read(tmp_path / "read", quick)
+    assert re.match(r"share \d+\.\d% of the VAE alone", building) and "pairs/s" in reading
 
 
 @pytest.mark.slow

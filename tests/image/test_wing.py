@@ -315,15 +315,16 @@ def test_auto_splits_by_memory() -> None:
 
         @staticmethod
         def parameters() -> list[torch.Tensor]:
-            return []
+            return [torch.empty(2_567_463_684, dtype=torch.bfloat16, device="meta")]
 
     cpu = torch.device("cpu")
-    sdxl = MemoryModel.of(Widths, device=cpu, precision="bf16", checkpointing=False)
+    sdxl = MemoryModel.of(Widths, device=cpu, precision="bf16")
     pair = 2 * 65536
     assert sdxl.bytes_per_element * pair == pytest.approx(10.55 * 2**30)
     assert sdxl.checkpointed().bytes_per_element * pair == pytest.approx(0.91 * 2**30)
     assert sdxl.groups(pair) == 1 and not sdxl.fits(pair)
-    assert sdxl.checkpointed().groups(pair) == 4
+    # A quarter of the weights' 4.78 GiB, by 0.91 for a pair.
+    assert [sdxl.checkpointed().groups(pair // part) for part in (1, 2, 4)] == [1, 2, 5]
     wing = build(make_pipeline(), adapter=LoRA(rank=2), **BUILD)
     assert wing.backend.memory.groups(2 * 256) >= 64
 
@@ -342,6 +343,17 @@ def test_importing_the_package_is_free() -> None:
         _ = alignkit_diffusion.nothing
 
 
-def test_loaded_weights_lie_where_copies_lie(pipeline_folder: Path) -> None:
+def test_loaded_weights_lie_where_copies_lie(
+    pipeline_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They are read there, without a copy; and are those of the files."""
+    from safetensors.torch import load_file
+
+    copied: list[Any] = []
+    monkeypatch.setattr("alignkit_diffusion.policy.align_memory", copied.append)
     wing = build(pipeline_folder, adapter=None, **BUILD)
-    assert not any(p.data_ptr() % 64 for p in wing.policy.unet.parameters())
+    stored = load_file(pipeline_folder / "unet" / "diffusion_pytorch_model.safetensors")
+    weights = dict(wing.policy.unet.named_parameters())
+    assert copied and not any(p.data_ptr() % 64 for p in weights.values())
+    assert weights.keys() == stored.keys()
+    assert all(torch.equal(weights[name], stored[name]) for name in stored)
