@@ -13,6 +13,11 @@ import torch
 from torch import Tensor
 
 
+def widened(tensor: Tensor) -> Tensor:
+    """In float32 whatever came, or in float64 where that came, as in checks of exactness."""
+    return tensor if tensor.dtype == torch.float64 else tensor.float()
+
+
 @dataclass(frozen=True)
 class PromptEmbeddings:
     """Encoded prompts, one row each.

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from alignkit.batches import Batch, Likelihood
 from alignkit.errors import refuse_unknown
-from alignkit_diffusion.content import ImageContent, ImageDraw
+from alignkit_diffusion.content import ImageContent, ImageDraw, widened
 from alignkit_diffusion.drawing import Drawing
 from alignkit_diffusion.families import Family
 from alignkit_diffusion.memory import MemoryModel
@@ -121,7 +121,7 @@ class DenoisingLikelihood(nn.Module):
             found = self.family.predict(self.unet, latents, noise, timesteps, conditioning)
         # In float32 whatever the model computes in: reduced in bfloat16, a logit at beta 5000 is
         # off by about 1 (rms).
-        difference = found.target.float() - found.prediction.float()  # (N, C, H, W)
+        difference = widened(found.target) - widened(found.prediction)  # (N, C, H, W)
         error = difference.square().mean(dim=(1, 2, 3))  # (N,)
         made = {
             "error": lambda: error,

@@ -9,6 +9,7 @@ import sys
 import time
 import zlib
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ from alignkit import DPO, ImageOptions, LoRA, NoiseBank, TrainerOptions, build
 from alignkit.caching import cache_images
 from alignkit.draws import generator
 from alignkit_diffusion import wing
+from alignkit_diffusion.content import ImageContent, PromptEmbeddings
 
 PAIRS = 8
 BATCH = 4
@@ -123,7 +125,21 @@ class Ours:
         return [name for name, shell in parts.shells.items() if shell.filled]
 
     def logits(self, rows: list[int]) -> Tensor:
+        return self._logits(self.rows.collate(rows, [0] * len(rows)))
+
+    def exact(self, rows: list[int]) -> Tensor:
+        """The same in float64."""
+        self.unet.double()
         batch = self.rows.collate(rows, [0] * len(rows))
+        prompts = batch.content.prompts
+        content = ImageContent(
+            tuple(one.double() for one in batch.content.latents),
+            batch.content.geometry,
+            PromptEmbeddings(prompts.hidden.double(), prompts.pooled.double()),
+        )
+        return self._logits(replace(batch, content=content))
+
+    def _logits(self, batch: Any) -> Tensor:
         objective = self.run.trainer.objective
         micros = objective.micro_batches(batch, 1)
         return torch.cat([BETA * objective.scores(micro).margin for micro in micros])
@@ -158,7 +174,7 @@ class Theirs:
         return torch.tensor(timesteps), torch.from_numpy(np.stack(noise))
 
     def exact(self, rows: list[int]) -> Tensor:
-        """The same logits in float64, a pair at a time."""
+        """The same in float64, VAE and text encoders included, a pair at a time."""
         self.recipe.double()
         timesteps, noise = self._draws(len(rows))
         found = []
@@ -222,13 +238,12 @@ class Contestant:
         return {"gflop": counter.get_total_flops() / 1e9}
 
     def logits(self) -> dict[str, Any]:
-        """Of a perturbed adapter: two pairs at a time, and four at once."""
+        """Of a perturbed adapter, on four pairs at once; and those in float64."""
         perturb(self.made.unet)
         with torch.no_grad():
-            by_two = [self.made.logits([row, row + 1]) for row in range(0, PAIRS, 2)]
-            four = self.made.logits([0, 1, 2, 3])
-            exact = self.made.exact([0, 1, 2, 3]).tolist() if self.name == "recipe" else None
-        return {"logits": torch.cat(by_two).tolist(), "four": four.tolist(), "exact": exact}
+            found = self.made.logits(list(range(BATCH)))
+            exact = self.made.exact(list(range(BATCH)))
+        return {"logits": found.tolist(), "exact": exact.tolist()}
 
     def end(self) -> None:
         pass

@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from alignkit.errors import ConfigError
-from alignkit_diffusion.content import ImageContent, PromptEmbeddings
+from alignkit_diffusion.content import ImageContent, PromptEmbeddings, widened
 from alignkit_diffusion.families import Conditioning
 from alignkit_diffusion.families.discrete import (
     BASES,
@@ -55,7 +55,7 @@ class SD15(Discrete):
 
     def conditioning(self, content: ImageContent, group: Tensor, device: Any) -> Conditioning:
         """Prompt features (N, L, D) of each image's group, float32."""
-        return {"hidden": content.prompts.hidden.to(device)[group.to(device)].float()}
+        return {"hidden": widened(content.prompts.hidden.to(device)[group.to(device)])}
 
     def encode_prompts(self, pipe: Any, prompts: Sequence[str], device: Any) -> PromptEmbeddings:
         hidden, _ = pipe.encode_prompt(list(prompts), device, 1, False)

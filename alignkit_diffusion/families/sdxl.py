@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from alignkit.errors import ConfigError
-from alignkit_diffusion.content import ImageContent, PromptEmbeddings
+from alignkit_diffusion.content import ImageContent, PromptEmbeddings, widened
 from alignkit_diffusion.families import Conditioning
 from alignkit_diffusion.families.discrete import (
     BASES,
@@ -56,8 +56,8 @@ class SDXL(Discrete):
         group = group.to(device)
         # Float32 like the latents: text encoders may be in another dtype than the UNet computes in.
         return {
-            "hidden": content.prompts.hidden.to(device)[group].float(),
-            "pooled": content.prompts.pooled.to(device)[group].float(),
+            "hidden": widened(content.prompts.hidden.to(device)[group]),
+            "pooled": widened(content.prompts.pooled.to(device)[group]),
             "time_ids": content.geometry.to(device),
         }
 

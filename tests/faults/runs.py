@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from alignkit import DPO, GenerationOptions, LoRA, TrainerOptions, align
+from alignkit import DPO, GenerationOptions, ImageOptions, LoRA, TrainerOptions, align
 from alignkit.api import build
 from alignkit.run import AlignResult, Run
 from tests.builders import pair_rows, tiny_lm, tiny_tokenizer
@@ -83,6 +83,8 @@ def arguments(wing: str, folder: Path, run_dir: Path, **changed: Any) -> dict[st
         given["data"] = str(folder / "data")
         given["adapter"] = LoRA(rank=4)
         given["generation"] = GenerationOptions(steps=1)
+        # Filled at the start of the run, so that kills land there, too.
+        given["data_options"] = ImageOptions(cache=f"{run_dir}-cache")
     return given | changed
 
 

@@ -400,7 +400,7 @@ def test_15_a_toy_preference_is_learned_and_the_winner_not_spoiled() -> None:
 
     result = align(
         make_pipeline(),
-        DPO(anchor=10.0),
+        DPO(anchor=3.0),
         pairs(range(24)),
         eval_data=pairs(range(100, 116)),
         trainer=TrainerOptions(

@@ -27,12 +27,25 @@ def test_the_benchmark_against_the_recipe() -> None:
     from reduced_sdxl import QUICK
     from sdxl_arm import Contestant
 
-    found = bench.measure(1, lambda name, folder, _: Contestant(name, folder, QUICK))
+    class Idle:
+        """In the place of the contestants that are measured alone, which do nothing new."""
+
+        def ask(self, _: str) -> dict[str, float]:
+            return {"mib": 1.0}
+
+        def end(self) -> None: ...
+
+    def start(name: str, folder: Path, keep: bool) -> Any:
+        return Contestant(name, folder, QUICK) if keep else Idle()
+
+    found = bench.measure(1, start)
     rows = {row["arm"]: row for row in bench.rows(found)}
     assert set(rows) == set(bench.ARMS)
     assert all(loss == pytest.approx(0.693147, abs=2e-5) for loss in found["first_loss"].values())
-    # Little enough to round by: the same function on the same draws.
-    assert bench.logit_gap(found) < 2e-3
+    # The same function on the same draws; and little enough to round by.
+    assert (
+        bench.logit_gap(found) < 1e-4 and max(map(abs, found["logits"]["recipe"]["exact"])) > 1e-2
+    )
     assert all(value < 2e-3 for value in bench.rounding(found).values())
     assert rows["recipe"]["work"] == 1.0
     assert rows["bank"]["gflop"] < rows["plain"]["gflop"] < rows["checkpointed"]["gflop"]
