@@ -22,6 +22,8 @@ CPU_BUDGET = 4 * GIB
 CPU_SHARE = 0.25
 """Of the weights' bytes: what activations may take on a CPU under checkpointing, which is asked for
 where memory is scarce. Larger forwards would be hardly faster there, and not small any more."""
+CPU_LEAST = 64 * 2**20
+"""What they may take in any case: nobody is short of that."""
 MARGIN = 0.85
 """The share of free GPU memory that activations may take; the rest is for workspaces."""
 
@@ -69,7 +71,8 @@ class MemoryModel:
     def available(self) -> float:
         """Bytes that activations may take."""
         if self.device.type != "cuda":
-            return min(CPU_BUDGET, CPU_SHARE * self.weights) if self.scarce else CPU_BUDGET
+            scarce = max(CPU_LEAST, CPU_SHARE * self.weights)
+            return min(CPU_BUDGET, scarce) if self.scarce else CPU_BUDGET
         free, _ = torch.cuda.mem_get_info(self.device)
         cached = torch.cuda.memory_reserved(self.device) - torch.cuda.memory_allocated(self.device)
         return MARGIN * (free + cached) - self.reserved
