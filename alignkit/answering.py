@@ -34,6 +34,7 @@ class Answers:
         share: the places of this process's answers.
         ended: (N,) bool; the others were cut.
         scores: name -> (N,) float32, NaN where missing; "" is the total.
+        sampled_logps: (N, T) of each token under what it was drawn from, 0 after the end.
     """
 
     batch: Batch
@@ -41,6 +42,7 @@ class Answers:
     share: range
     ended: Tensor
     scores: Mapping[str, Tensor]
+    sampled_logps: Tensor
 
     def mask(self) -> Tensor:
         """(N, T) bool, real tokens."""
@@ -74,6 +76,11 @@ class Writer:
         self.seed = seed
         self.sharded = sharded
 
+    @property
+    def exact(self) -> bool:
+        """Whether the policy itself writes, and not an engine that rounds otherwise."""
+        return self.options.engine == "transformers"
+
     def answer(self, prompts: Batch, samples: int, number: int, processes: Collective) -> Answers:
         """`samples` answers to each prompt.
 
@@ -99,7 +106,7 @@ class Writer:
         asked = [row["prompt"] for row in rows]
         texts = self.wing.answer_texts(asked, [one.ids for one in own])
         scores = _agreed(lambda: self._scores(asked, texts, rows), processes)
-        ids = _gathered([one.ids for one in own], processes)
+        ids = [one.tolist() for one in _gathered([one.ids for one in own], processes, torch.int64)]
         ended = processes.gather(torch.tensor([one.ended for one in own], dtype=torch.bool))
         groups = [ids[start : start + samples] for start in range(0, num, samples)]
         batch = replace(
@@ -109,7 +116,9 @@ class Writer:
             rank=torch.full((num,), -1),
         )
         held = {name: processes.gather(scores[name]) for name in sorted(scores)}
-        return Answers(batch, tuple(texts), share, ended, held)
+        logps = _gathered([one.logps for one in own], processes, torch.float32)
+        table = torch.nn.utils.rnn.pad_sequence(list(logps), batch_first=True)
+        return Answers(batch, tuple(texts), share, ended, held, table)
 
     def _scores(
         self, asked: Sequence[Any], texts: Sequence[str], rows: Sequence[Any]
@@ -139,9 +148,11 @@ def _agreed(ask: Callable[[], dict[str, Tensor]], processes: Collective) -> dict
     return found
 
 
-def _gathered(ids: Sequence[Sequence[int]], processes: Collective) -> list[list[int]]:
-    """The token ids of all processes' answers, in their order."""
-    flat = torch.tensor([token for answer in ids for token in answer], dtype=torch.int64)
-    lengths = processes.gather(torch.tensor([len(answer) for answer in ids], dtype=torch.int64))
-    parts = processes.gather(flat).split(lengths.tolist())
-    return [part.tolist() for part in parts]
+def _gathered(
+    ragged: Sequence[Sequence[float]], processes: Collective, dtype: torch.dtype
+) -> tuple[Tensor, ...]:
+    """A number per token of all processes' answers, in their order."""
+    flat = torch.tensor([value for answer in ragged for value in answer], dtype=dtype)
+    lengths = processes.gather(torch.tensor([len(one) for one in ragged], dtype=torch.int64))
+    found: tuple[Tensor, ...] = processes.gather(flat).split(lengths.tolist())
+    return found

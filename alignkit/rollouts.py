@@ -24,6 +24,7 @@ from alignkit.batches import Batch, Experience
 from alignkit.credit import Looked, credit
 from alignkit.draws import generator
 from alignkit.kl_control import KLController
+from alignkit.losses.importance import mismatch, truncated_importance
 from alignkit.methods import PolicyGradient
 from alignkit.objectives.policy_gradient import PolicyGradientObjective
 from alignkit.protocols import Collective
@@ -158,7 +159,13 @@ class RolloutSource:
             tokens |= {"returns": found.returns, "values": looked.values}
         if looked.reference_logps is not None:
             tokens["reference_logps"] = looked.reference_logps
+        both = looked.old_logps, answers.sampled_logps, answers.mask()
+        if not self.writer.exact:
+            # Every policy loss is linear in the advantages, so the weights go there.
+            tokens["advantages"] = found.advantages * truncated_importance(*both)
+        apart = {name: float(value) for name, value in mismatch(*both).items()}
         phase = {"objective/kl_coef": coefficient, **found.phase, **health(answers, self.samples)}
+        phase |= apart
         self.phase = Phase(self.number, table(answers, measured))
         experience = Experience(tokens, {**measured, **found.answers}, phase)
         return replace(answers.batch, experience=experience)

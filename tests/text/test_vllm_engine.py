@@ -3,19 +3,16 @@ amount; and the weights that undo it."""
 
 from __future__ import annotations
 
-import importlib.machinery
 import importlib.util
 import math
 import sys
-from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
 
 from alignkit import DPO, ConfigError, GenerationOptions
 from alignkit.api import build
@@ -24,92 +21,12 @@ from alignkit.options import LoRA
 from alignkit.text.wing import build as build_text
 from tests.builders import pair_rows, text_wing, tiny_lm, tiny_tokenizer
 from tests.text.test_sampling import batch_of
-
-
-@dataclass
-class SamplingParams:
-    temperature: float
-    top_p: float
-    top_k: int
-    max_tokens: int
-    stop: list[str]
-    include_stop_str_in_output: bool
-    stop_token_ids: list[int]
-    ignore_eos: bool
-    skip_special_tokens: bool
-    logprobs: int
-    seed: int
-
-
-class LLM:
-    """Samples with `OFF` added to every logit row."""
-
-    off: torch.Tensor | float = 0.0
-    made: list[Any] = []  # noqa: RUF012
-    adapters: list[Any] = []  # noqa: RUF012
-
-    def __init__(self, model: str, **options: Any) -> None:
-        self.folder, self.options = model, options
-        LLM.made.append(self)
-        self.collective_rpc("reload_weights")
-
-    def collective_rpc(self, method: str) -> None:
-        assert method == "reload_weights"
-        self.model = AutoModelForCausalLM.from_pretrained(self.folder).eval()
-
-    def reset_prefix_cache(self) -> None: ...
-
-    @torch.no_grad()
-    def generate(
-        self,
-        prompts: list[dict[str, list[int]]],
-        sampling_params: list[SamplingParams],
-        lora_request: Any,
-        use_tqdm: bool,
-    ) -> list[Any]:
-        model = self.model
-        LLM.adapters.append(lora_request)
-        if lora_request is not None:
-            from peft import PeftModel
-
-            base = AutoModelForCausalLM.from_pretrained(self.folder)
-            model = PeftModel.from_pretrained(base, lora_request.lora_path).eval()
-        return [
-            self._one(model, prompt["prompt_token_ids"], given)
-            for prompt, given in zip(prompts, sampling_params, strict=True)
-        ]
-
-    def _one(self, model: Any, prompt: list[int], given: SamplingParams) -> Any:
-        draw, ids, tables = np.random.default_rng(given.seed), list(prompt), []
-        for _ in range(given.max_tokens):
-            logits = model(input_ids=torch.tensor([ids])).logits[0, -1].double()
-            chances = ((logits + LLM.off) / given.temperature).softmax(-1)
-            token = int(draw.choice(len(chances), p=chances.numpy() / chances.numpy().sum()))
-            ids.append(token)
-            tables.append({token: SimpleNamespace(logprob=float(chances[token].log()))})
-            if token in given.stop_token_ids:
-                break
-        reason = "stop" if ids[-1] in given.stop_token_ids else "length"
-        new = SimpleNamespace(token_ids=ids[len(prompt) :], finish_reason=reason, logprobs=tables)
-        return SimpleNamespace(outputs=[new])
+from tests.text.vllm_stand_in import LLM, install
 
 
 @pytest.fixture(autouse=True)
 def vllm(monkeypatch: Any) -> None:
-    names = {"vllm": {"LLM": LLM, "SamplingParams": SamplingParams}, "vllm.lora": {}}
-    names["vllm.lora.request"] = {
-        "LoRARequest": lambda name, number, path: SimpleNamespace(
-            lora_name=name, lora_int_id=number, lora_path=path
-        )
-    }
-    for name, members in names.items():
-        module = ModuleType(name)
-        module.__spec__ = importlib.machinery.ModuleSpec(name, None)
-        vars(module).update(members)
-        monkeypatch.setitem(sys.modules, name, module)
-    monkeypatch.setattr(LLM, "off", 0.0)
-    LLM.made.clear()
-    LLM.adapters.clear()
+    install(monkeypatch)
 
 
 ASKED = [np.arange(5, 5 + size, dtype=np.int32) for size in (4, 9, 6)]
@@ -228,3 +145,47 @@ def test_what_vllm_cannot_do_is_refused(monkeypatch: Any) -> None:
         answered(text_wing("llama"))
     with pytest.raises(ConfigError, match="needs the package vllm"):
         build((tiny_lm(), tiny_tokenizer()), DPO(), pair_rows(2), generation=BY_VLLM)
+
+
+# ---- rollouts
+
+
+def advantages(monkeypatch: Any, off: Any, **generation: Any) -> Any:
+    """Of the first minibatch of an online run, and what the run was told of the mismatch."""
+    from alignkit import REINFORCE, TrainerOptions
+
+    monkeypatch.setattr(LLM, "off", off)
+    run = build(
+        (tiny_lm("llama"), tiny_tokenizer()),
+        REINFORCE(kl_coef=0.0, whiten_advantages=False, truncation="as_end"),
+        [{"prompt_ids": [5 + place, 6, 7]} for place in range(8)],
+        reward=lambda prompts, responses, rows: [1.0 + place for place in range(len(prompts))],
+        generation=GenerationOptions(max_new_tokens=3, **generation),
+        trainer=TrainerOptions(max_steps=1, batch_size=8, learning_rate=1e-3, shuffle=False),
+    )
+    batch = next(iter(run.trainer.source))
+    return batch.experience.tokens, batch.experience.phase
+
+
+def test_rollouts_weigh_what_an_engine_sampled_otherwise(monkeypatch: Any) -> None:
+    """The advantages of a run by vLLM are those without a weight, times min(p / q, 2)."""
+    from alignkit import rollouts
+
+    _, own = advantages(monkeypatch, 0.0)
+    assert own["mismatch/max"] < 1e-4, "the policy itself"
+    off = torch.zeros(384, dtype=torch.float64)
+    off[:150] = 1.5
+    weighed, told = advantages(monkeypatch, off, engine="vllm")
+    seen: list[Any] = []
+
+    def unweighed(policy: Any, sampler: Any, mask: Any) -> Any:
+        seen.append(truncated_importance(policy, sampler, mask))
+        return torch.ones_like(policy)
+
+    monkeypatch.setattr(rollouts, "truncated_importance", unweighed)
+    plain, _ = advantages(monkeypatch, off, engine="vllm")
+    (weights,) = seen
+    mask = plain["mask"]
+    assert told["mismatch/max"] > 0.3 and len(weights[mask].unique()) > 4
+    found = (weighed["advantages"] / plain["advantages"])[mask].sort().values
+    assert torch.allclose(found, weights[mask].sort().values, rtol=1e-4)
