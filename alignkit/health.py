@@ -8,6 +8,7 @@ from itertools import pairwise
 from typing import Any
 
 from alignkit.facts import series, show
+from alignkit.online_health import end, online_alarms, start
 
 PATIENCE = 3
 """Evaluations in a row at which the winner's error must have grown for an alarm."""
@@ -34,27 +35,27 @@ def health(records: Sequence[Mapping[str, Any]]) -> list[str]:
             "nothing trainable?"
         )
     accuracy, chosen = curves.get("rewards/accuracies", []), curves.get("rewards/chosen", [])
-    rose = len(accuracy) >= 2 and _end(accuracy) > _start(accuracy)
-    if chosen and rose and _end(chosen) < -2:
+    rose = len(accuracy) >= 2 and end(accuracy) > start(accuracy)
+    if chosen and rose and end(chosen) < -2:
         warnings.append(
             f"Likelihood displacement: the accuracy rose while rewards/chosen fell to "
-            f"{show(_end(chosen))}, so the chosen answers became less likely too and the mass went "
+            f"{show(end(chosen))}, so the chosen answers became less likely too and the mass went "
             "elsewhere. Raise beta, add an SFT term on the chosen answers, or train fewer steps."
         )
-    if len(accuracy) >= 5 and _end(accuracy) < 0.45:
+    if len(accuracy) >= 5 and end(accuracy) < 0.45:
         warnings.append(
-            f"The policy ends up preferring the rejected answers (accuracy {_end(accuracy):.2f}). "
+            f"The policy ends up preferring the rejected answers (accuracy {end(accuracy):.2f}). "
             "Are chosen and rejected swapped, or is the learning rate too high?"
         )
     held_out = curves.get("eval/rewards/accuracies", [])
-    if accuracy and held_out and _end(accuracy) - held_out[-1] > 0.2:
+    if accuracy and held_out and end(accuracy) - held_out[-1] > 0.2:
         warnings.append(
-            f"Overfitting: accuracy {_end(accuracy):.2f} on training pairs, {held_out[-1]:.2f} on "
+            f"Overfitting: accuracy {end(accuracy):.2f} on training pairs, {held_out[-1]:.2f} on "
             "held-out ones. Train fewer steps, raise beta, or add data."
         )
     if (alarm := winner_alarm(records)) is not None:
         warnings.append(alarm)
-    return warnings
+    return warnings + online_alarms(curves)
 
 
 def winner_alarm(records: Sequence[Mapping[str, Any]]) -> str | None:
@@ -101,13 +102,3 @@ def _grows(values: Sequence[float]) -> bool:
     last = values[-PATIENCE - 1 :]
     rising = all(later > earlier for earlier, later in pairwise(last))
     return len(last) == PATIENCE + 1 and rising and last[-1] > 0
-
-
-def _start(values: Sequence[float]) -> float:
-    part = values[: max(1, len(values) // 4)]
-    return sum(part) / len(part)
-
-
-def _end(values: Sequence[float]) -> float:
-    part = values[-max(1, len(values) // 4) :]
-    return sum(part) / len(part)

@@ -29,6 +29,7 @@ from alignkit.health import health
 from alignkit.model_card import model_card
 from alignkit.pages import inline, render
 from alignkit.plots import draw_plots
+from alignkit.rollout_files import last_rollout
 from alignkit.run_folder import RunFolder, atomic_write
 from alignkit.sample_tables import courses, first_and_last, length_table
 
@@ -74,6 +75,7 @@ def write_report(folder: RunFolder, facts: ReportFacts) -> Path:
         samples=first_and_last(found),
         courses=courses(found),
         lengths=length_table(found),
+        rollout=last_rollout(folder.samples_dir),
         plots=[
             {"title": p.title, "alt": p.alt, "source": inline(p.png, "image/png")} for p in plots
         ],

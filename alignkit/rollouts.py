@@ -12,6 +12,7 @@ that goes on from it samples the same answers.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -32,6 +33,8 @@ from alignkit.rollout_measures import health, measure, table
 from alignkit.running import RunningMoments
 from alignkit.sources import RowSource
 from alignkit.stream_source import StreamSource
+
+log = logging.getLogger("alignkit")
 
 
 @dataclass(frozen=True)
@@ -90,6 +93,7 @@ class RolloutSource:
         self.number = 0
         self.phase: Phase | None = None
         self._left = 0
+        self._warned = False
 
     @property
     def total_steps(self) -> int | None:
@@ -144,6 +148,7 @@ class RolloutSource:
 
     def _rollout(self, prompts: Batch) -> Batch:
         answers = self.writer.answer(prompts, self.samples, self.number, self.processes)
+        self._warn_of_cut(answers)
         looked = self._look(answers)
         coefficient = self.controller.value
         found = credit(self.method, looked, coefficient, self.running)
@@ -169,6 +174,19 @@ class RolloutSource:
         self.phase = Phase(self.number, table(answers, measured))
         experience = Experience(tokens, {**measured, **found.answers}, phase)
         return replace(answers.batch, experience=experience)
+
+    def _warn_of_cut(self, answers: Answers) -> None:
+        """Once: most scores do not count."""
+        cut = 1 - float(answers.ended.double().mean())
+        if self.method.truncation == "bootstrap" and cut > 0.5 and not self._warned:
+            self._warned = True
+            log.warning(
+                "Rollout %d: %.0f %% of the answers were cut by max_new_tokens, and the score of an "
+                "answer that has not ended does not count under truncation='bootstrap'. Raise "
+                "generation.max_new_tokens, or write truncation='as_end'.",
+                self.number,
+                100 * cut,
+            )
 
     def _look(self, answers: Answers) -> Looked:
         """In the minibatches of the first epoch, so that there the ratio is 1 to the last bit."""

@@ -20,6 +20,7 @@ from alignkit.errors import CheckpointError
 from alignkit.outcome import write_outcome
 from alignkit.protocols import Wing
 from alignkit.result import AlignResult
+from alignkit.rollout_files import write_rollout
 from alignkit.run_folder import RunFolder
 from alignkit.sample_files import lengths
 from alignkit.screen import Alarm, progress, shown, tell
@@ -72,6 +73,8 @@ class Run:
             )
         self._result: AlignResult | None = None
         self._sampled = -1
+        self._rollout = 0
+        self._waiting: set[str] = set()
         self._alarm = Alarm()
         # A run that is dropped before its loop gives back what it borrowed, too.
         weakref.finalize(self, wing.release).atexit = False
@@ -136,7 +139,7 @@ class Run:
             self.folder.unlock()
 
     def _steps(self) -> Iterator[StepRecord]:
-        options, started = self.config.trainer, time.perf_counter() - self.seconds
+        started = time.perf_counter() - self.seconds
         if self.average is not None:
             self.average.show(False)
         if self.best.should_stop:  # resumed where it had stopped
@@ -148,14 +151,15 @@ class Run:
             for bare in self.trainer.steps():
                 if self.average is not None:
                     self.average.update(bare.step)
-                record = self._evaluate(bare) if _due(options.eval_every, bare.step) else bare
-                if _due(options.sample_every, record.step):
+                record = self._evaluate(bare) if self._due("eval_every", bare.step) else bare
+                if self._due("sample_every", record.step):
                     found = self._sample(record.step)
                     record = replace(record, metrics={**record.metrics, **found})
                 self.seconds = time.perf_counter() - started
                 self._record(record)
+                self._keep_rollout()
                 # Last, so that a run resumed from here lacks nothing of this step.
-                due = _due(options.save_every, record.step) and self.trainer.source.at_boundary
+                due = self._due("save_every", record.step)
                 if due or self.best.step_to_keep == record.step:
                     self.save()
                 bar.update()
@@ -163,6 +167,30 @@ class Run:
                 yield record
                 if self.best.should_stop:
                     return
+
+    def _due(self, name: str, step: int) -> bool:
+        """Whether what a cadence asks for is to be done now.
+
+        What comes due in the middle of a source's phase waits for its end: a checkpoint would lose
+        the rest of it, and the best step is one of which there is a checkpoint.
+        """
+        every = getattr(self.config.trainer, name)
+        if every is not None and step % every == 0:
+            self._waiting.add(name)
+        if name not in self._waiting or not self.trainer.source.at_boundary:
+            return False
+        self._waiting.remove(name)
+        return True
+
+    def _keep_rollout(self) -> None:
+        """Of an online run, a few of the answers that it learned from."""
+        phase = getattr(self.trainer.source, "phase", None)
+        if phase is None or phase.number == self._rollout or not self.writes:
+            return
+        assert self.folder is not None
+        rows = [{**row, "prompt": self.wing.prompt_text(row["prompt"])} for row in phase.rows]
+        write_rollout(self.folder.samples_dir, phase.number, rows)
+        self._rollout = phase.number
 
     def _record(self, record: StepRecord) -> None:
         line = record.as_dict()
@@ -279,7 +307,3 @@ def giving_back(folder: RunFolder | None) -> Iterator[None]:
         if folder is not None:
             folder.unlock()
         raise
-
-
-def _due(every: int | None, step: int) -> bool:
-    return every is not None and step % every == 0
