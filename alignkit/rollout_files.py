@@ -3,12 +3,35 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from alignkit.atomic import atomic_write
 from alignkit.records import broken, to_json
+
+
+class RolloutTables:
+    """Keeps a few of the answers that an online run learns from.
+
+    Args:
+        source: of the run; any but an online one has no rollout.
+        prompt_text: a prompt as a person reads it.
+    """
+
+    def __init__(self, source: Any, prompt_text: Callable[[Any], str]) -> None:
+        self.source = source
+        self.prompt_text = prompt_text
+        self._kept = 0
+
+    def keep(self, root: Path) -> None:
+        """Write the source's newest rollout, once."""
+        phase = getattr(self.source, "phase", None)
+        if phase is None or phase.number == self._kept:
+            return
+        rows = [{**row, "prompt": self.prompt_text(row["prompt"])} for row in phase.rows]
+        write_rollout(root, phase.number, rows)
+        self._kept = phase.number
 
 
 def write_rollout(root: Path, number: int, rows: Sequence[Mapping[str, Any]]) -> Path:

@@ -181,8 +181,8 @@ class RolloutSource:
         if self.method.truncation == "bootstrap" and cut > 0.5 and not self._warned:
             self._warned = True
             log.warning(
-                "Rollout %d: %.0f %% of the answers were cut by max_new_tokens, and the score of an "
-                "answer that has not ended does not count under truncation='bootstrap'. Raise "
+                "Rollout %d: %.0f %% of the answers were cut by max_new_tokens, and the score of "
+                "an answer that has not ended does not count under truncation='bootstrap'. Raise "
                 "generation.max_new_tokens, or write truncation='as_end'.",
                 self.number,
                 100 * cut,

@@ -20,7 +20,7 @@ from alignkit.errors import CheckpointError
 from alignkit.outcome import write_outcome
 from alignkit.protocols import Wing
 from alignkit.result import AlignResult
-from alignkit.rollout_files import write_rollout
+from alignkit.rollout_files import RolloutTables
 from alignkit.run_folder import RunFolder
 from alignkit.sample_files import lengths
 from alignkit.screen import Alarm, progress, shown, tell
@@ -73,7 +73,7 @@ class Run:
             )
         self._result: AlignResult | None = None
         self._sampled = -1
-        self._rollout = 0
+        self._rollouts = RolloutTables(trainer.source, wing.prompt_text)
         self._waiting: set[str] = set()
         self._alarm = Alarm()
         # A run that is dropped before its loop gives back what it borrowed, too.
@@ -157,7 +157,8 @@ class Run:
                     record = replace(record, metrics={**record.metrics, **found})
                 self.seconds = time.perf_counter() - started
                 self._record(record)
-                self._keep_rollout()
+                if self.writes and self.folder is not None:
+                    self._rollouts.keep(self.folder.samples_dir)
                 # Last, so that a run resumed from here lacks nothing of this step.
                 due = self._due("save_every", record.step)
                 if due or self.best.step_to_keep == record.step:
@@ -181,16 +182,6 @@ class Run:
             return False
         self._waiting.remove(name)
         return True
-
-    def _keep_rollout(self) -> None:
-        """Of an online run, a few of the answers that it learned from."""
-        phase = getattr(self.trainer.source, "phase", None)
-        if phase is None or phase.number == self._rollout or not self.writes:
-            return
-        assert self.folder is not None
-        rows = [{**row, "prompt": self.wing.prompt_text(row["prompt"])} for row in phase.rows]
-        write_rollout(self.folder.samples_dir, phase.number, rows)
-        self._rollout = phase.number
 
     def _record(self, record: StepRecord) -> None:
         line = record.as_dict()

@@ -22,6 +22,7 @@ from torch.distributed.tensor import DTensor
 from alignkit import (
     DPO,
     KTO,
+    PPO,
     SFT,
     CachedReference,
     EMAReference,
@@ -203,7 +204,32 @@ def _cached(made: Callable[[], dict[str, Any]]) -> Callable[[], dict[str, Any]]:
 
 TURNS = SFT(loss_on="assistant", neftune_alpha=5.0)
 
+
+def _vowels(prompts: Any, responses: Any, rows: Any) -> list[float | None]:
+    """A reward, of which one answer in a few is missing."""
+    counts = [sum(text.count(vowel) for vowel in "aeiou") for text in responses]
+    return [None if len(t) % 5 == 4 else float(n) for t, n in zip(responses, counts, strict=True)]
+
+
+def _online(**changed: Any) -> Callable[[], dict[str, Any]]:
+    """Rollouts of 8 answers in minibatches of 4, scored, and evaluated on held-out prompts."""
+
+    def arguments() -> dict[str, Any]:
+        shaped = {"batch_size": 4, "max_steps": 5, "micro_batch": 1, "eval_every": 4}
+        return {
+            "data": [{"prompt": row["prompt"]} for row in pair_rows(16)],
+            "eval_data": [{"prompt": row["prompt"]} for row in pair_rows(3)],
+            "reward": _vowels,
+            "generation": GenerationOptions(max_new_tokens=6, temperature=0.8),
+            "trainer": trainer(**(shaped | changed)),
+        }
+
+    return arguments
+
+
 CASES: Mapping[str, Case] = {
+    "online": Case(_text("llama"), _online(), PPO(rollout_size=8, normalize_scores=True)),
+    "sharded_online": Case(_text("llama"), _online(sharding="fsdp2"), PPO(rollout_size=8)),
     "supervised": Case(_text("llama"), _supervised, TURNS),
     "sharded_supervised": Case(_text("llama"), _demonstrations(sharding="fsdp2"), TURNS),
     "coupled": Case(_text("llama"), _evaluated, SORTED),

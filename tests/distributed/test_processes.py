@@ -22,7 +22,10 @@ from tests.distributed.launch import play_world
 
 pytestmark = pytest.mark.slow
 
-NAMES = ("full", "tied", "lora", "coupled", "singles", "cached", "supervised", "streamed")
+NAMES = (
+    *("full", "tied", "lora", "coupled", "singles", "cached", "supervised", "streamed"),
+    "online",
+)
 POISONED = 5
 
 

@@ -28,12 +28,13 @@ FULL = (
 )
 COMPARED = (*FULL, "sharded_lora", "sharded_continued")
 NAMES = (*COMPARED, "sharded_supervised")
+MORE = ("sharded_cached", "sharded_online")
 
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("alone")
-    for name in (*NAMES, "sharded_cached"):
+    for name in (*NAMES, *MORE):
         play(name, root / name, alone=True)
     play("sharded_interrupted", root / "left", alone=True, stop_after=2)
     play("sharded_interrupted", root / "whole", alone=True)
@@ -43,7 +44,7 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory, alone: Path) -> Path:
     root = tmp_path_factory.mktemp("world")
-    named = (*NAMES, "sharded_cached")
+    named = (*NAMES, *MORE)
     tasks = [{"do": "train", "folder": str(root / name), "case": name} for name in named]
     half = {"do": "train", "case": "sharded_interrupted"}
     left = alone / "left" / "run" / "checkpoints" / "step-000002"
@@ -68,7 +69,7 @@ def test_processes_sample_to_prompts_of_their_own(world: Path) -> None:
     assert found == {str(place): [one.ids, one.ended] for place, one in enumerate(whole)}
 
 
-@pytest.mark.parametrize("name", (*NAMES, "sharded_cached"))
+@pytest.mark.parametrize("name", (*NAMES, *MORE))
 def test_sharded_processes_train_what_one_trains(world: Path, alone: Path, name: str) -> None:
     """Losses, metrics, each gradient, and parameters after 4 steps (measured: 2e-8 apart)."""
     assert_same_run(Played.read(world / name), Played.read(alone / name))

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from alignkit import DPO, GenerationOptions, ImageOptions, LoRA, TrainerOptions, align
+from alignkit import DPO, PPO, GenerationOptions, ImageOptions, LoRA, TrainerOptions, align
 from alignkit.api import build
 from alignkit.run import AlignResult, Run
 from tests.builders import pair_rows, tiny_lm, tiny_tokenizer
@@ -48,7 +48,12 @@ def write_image(folder: Path) -> None:
     write_rows(data / "metadata.jsonl", lines)
 
 
-WRITERS = {"text": write_text, "image": write_image}
+WRITERS = {"text": write_text, "image": write_image, "online": write_text}
+
+
+def short_and_odd(prompts: Any, responses: Any, rows: Any) -> list[float]:
+    """A reward that any policy can learn something of."""
+    return [(sum(map(ord, text)) % 7) / 7 - 0.1 * len(text) for text in responses]
 
 
 def options(**changed: Any) -> TrainerOptions:
@@ -85,6 +90,15 @@ def arguments(wing: str, folder: Path, run_dir: Path, **changed: Any) -> dict[st
         given["generation"] = GenerationOptions(steps=1)
         # Filled at the start of the run, so that kills land there, too.
         given["data_options"] = ImageOptions(cache=f"{run_dir}-cache")
+    if wing == "online":
+        given["method"] = PPO(
+            **{"rollout_size": 6, "kl_coef": 0.1, "truncation": "as_end", "critic": "shared"},
+            **{"kl_controller": "adaptive", "kl_target": 0.5, "normalize_scores": True},
+        )
+        given["generation"] = GenerationOptions(max_new_tokens=4)
+        given["reward"] = short_and_odd
+        given["eval_data"] = str(folder / "held_out.jsonl")
+        given["trainer"] = options(eval_every=5, keep_best="eval/objective/scores")
     return given | changed
 
 

@@ -23,8 +23,8 @@ POLL = 0.002
 
 @pytest.mark.parametrize(
     ("wing", "pause"),
-    [("text", 0.0), ("text", 0.008), ("image", 0.008)],
-    ids=["text-training", "text-writing", "image-writing"],
+    [("text", 0.0), ("text", 0.008), ("image", 0.008), ("online", 0.0)],
+    ids=["text-training", "text-writing", "image-writing", "online-training"],
 )
 def test_ten_kills_leave_no_trace(
     wing: str,
