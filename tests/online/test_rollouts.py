@@ -109,6 +109,7 @@ def test_early_stop_leaves_out_the_rest_of_a_rollout() -> None:
     assert numbers == [(1, False), (1, True), (2, False), (2, True), (3, False), (3, True)]
 
 
+@pytest.mark.slow
 def test_a_save_due_within_a_rollout_waits_for_its_end(tmp_path: Path) -> None:
     """Four steps a rollout; saves come due at 3, 6 and 9."""
     method = PPO(rollout_size=8, truncation="as_end", critic="shared")
