@@ -182,3 +182,53 @@ def get_ready(meter: Meter) -> None:
     import alignkit.text.wing  # noqa: F401
 
     meter.imported()
+
+
+def ppo(spec: dict[str, Any], meter: Meter) -> None:
+    """A lap is a rollout with all of its updates; `update` is the latter's share."""
+    import json
+
+    from alignkit import PPO, GenerationOptions, LoRA, TextOptions, TrainerOptions, build
+    from bench_text.scorer import Scorer
+
+    _get_ready(meter)
+    rows = [json.loads(line) for line in Path(spec["rows"]).read_text().splitlines()]
+    shared = spec["shared"]
+    run: Any = build(
+        spec["model"],
+        PPO(
+            inner_epochs=spec["epochs"],
+            truncation="as_end",
+            critic="shared" if shared else "separate",
+        ),
+        [{"prompt": row["prompt"]} for row in rows],
+        reward=Scorer(spec["model"]),
+        adapter=LoRA(rank=16) if shared else None,
+        generation=GenerationOptions(max_new_tokens=spec["tokens"]),
+        data_options=TextOptions(max_length=spec["max_length"]),
+        trainer=TrainerOptions(
+            max_steps=spec["steps"] * spec["epochs"],
+            batch_size=spec["batch"],
+            learning_rate=spec["rate"],
+            schedule="constant",
+            warmup=0,
+            shuffle=False,
+        ),
+    )
+    source = run.trainer.source
+    rollout, sampled = source._rollout, [0.0]
+
+    def timed(prompts: Any) -> Any:
+        started = meter.clock()
+        found = rollout(prompts)
+        sampled[0] = meter.clock() - started
+        return found
+
+    source._rollout = timed
+    meter.started(versions=versions("torch", "transformers"))
+    started = meter.clock()
+    for record in run.steps():
+        if record.step % spec["epochs"] == 0:
+            cpu = meter.clock() - started
+            meter.lap(loss=record.loss, update=cpu - sampled[0])
+            started = meter.clock()

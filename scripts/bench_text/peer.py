@@ -157,3 +157,72 @@ def _train(kind: Any, arguments: Any, spec: dict[str, Any], meter: Meter) -> Non
     if spec["reads"]:
         meter.watch(trainer.model)
     trainer.train()
+
+
+def ppo(spec: dict[str, Any], meter: Meter) -> None:
+    """TRL 1.12's PPOTrainer, the last one: a lap is a rollout with all of its updates."""
+    import copy
+
+    from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+    from trl.experimental.ppo import PPOConfig, PPOTrainer
+
+    from bench_text.scorer import classifier
+
+    _get_ready(spec | {"head": "all"}, meter)
+    tokenizer = AutoTokenizer.from_pretrained(spec["model"], padding_side="left")
+    policy = AutoModelForCausalLM.from_pretrained(spec["model"], dtype="float32")
+    scorer = classifier(spec["model"])
+    rows = _rows(spec)
+    asked = rows.map(
+        lambda row: {"input_ids": tokenizer(row["prompt"])["input_ids"]},
+        remove_columns=rows.column_names,
+    )
+    arguments = PPOConfig(
+        output_dir=spec["scratch"],
+        learning_rate=spec["rate"],
+        per_device_train_batch_size=spec["batch"],
+        gradient_accumulation_steps=1,
+        num_mini_batches=1,
+        num_ppo_epochs=spec["epochs"],
+        total_episodes=spec["batch"] * spec["steps"],
+        local_rollout_forward_batch_size=spec["batch"],
+        response_length=spec["tokens"],
+        stop_token="eos",
+        temperature=1.0,
+        num_sample_generations=0,
+        bf16=False,
+        use_cpu=True,
+        save_strategy="no",
+        report_to=[],
+        disable_tqdm=True,
+        dataloader_pin_memory=False,
+    )
+    trainer = PPOTrainer(
+        args=arguments,
+        processing_class=tokenizer,
+        model=policy,
+        ref_model=copy.deepcopy(policy),
+        reward_model=scorer,
+        value_model=copy.deepcopy(scorer),
+        train_dataset=asked,
+        eval_dataset=asked,
+    )
+    began: list[float] = []
+    accumulate = trainer.accelerator.accumulate
+
+    def noting(*given: Any) -> Any:
+        began.append(meter.clock())
+        return accumulate(*given)
+
+    class Turns(TrainerCallback):
+        def on_train_begin(self, *given: Any, **named: Any) -> None:
+            meter.started(versions=versions("trl", "torch", "transformers"))
+
+        def on_step_end(self, *given: Any, **named: Any) -> None:
+            update = meter.clock() - began[0]
+            began.clear()
+            meter.lap(loss=0.0, update=update)
+
+    trainer.accelerator.accumulate = noting
+    trainer.add_callback(Turns())
+    trainer.train()
