@@ -138,8 +138,6 @@ class PolicyGradientObjective:
         found = self.policy(micro, self.requires)
         facts = Facts.of(micro.batch, found.extras["token_logps"], self.method.per)
         losses, metrics = self._surrogate(facts)
-        if "weights" in facts.tokens:  # of answers that another engine sampled
-            losses = losses * facts("weights")
         total = (losses.double() * facts.counts).sum()
         total = total + self._kl(facts)
         if self.method.entropy_coef:
