@@ -4,12 +4,14 @@ proof ledger."""
 from __future__ import annotations
 
 import atexit
+import base64
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 
@@ -21,6 +23,33 @@ os.environ.setdefault("MPLBACKEND", "Agg")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["ALIGNKIT_CACHE"] = tempfile.mkdtemp(prefix="alignkit-tests-")
 atexit.register(shutil.rmtree, os.environ["ALIGNKIT_CACHE"], ignore_errors=True)
+
+BLANK = base64.b64decode(
+    "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNkYPhfDwAChwGA60e6kgAAAABJRU5ErkJggg=="
+)
+"""A picture of one pixel."""
+
+
+@pytest.fixture(scope="session", autouse=True)
+def blank_plots() -> Iterator[Callable[..., bytes]]:
+    """Drawing a report's curves takes longer than all else of most tests' tiny runs.
+
+    Returns:
+        what draws.
+    """
+    from alignkit import plots
+
+    drawn = plots._png
+    with patch.object(plots, "_png", lambda fill: BLANK):
+        yield drawn
+
+
+@pytest.fixture(scope="module")
+def drawn_plots(blank_plots: Callable[..., bytes]) -> Iterator[None]:
+    """For tests that are about the pictures."""
+    with patch("alignkit.plots._png", blank_plots):
+        yield
+
 
 LEDGER = pytest.StashKey[Ledger]()
 

@@ -14,6 +14,8 @@ from alignkit.doctor import examine
 from alignkit.doctor.show import page, terminal
 from alignkit.errors import ConfigError, DataError
 
+pytestmark = pytest.mark.usefixtures("drawn_plots")
+
 
 def write(path: Path, rows: list[dict[str, Any]]) -> Path:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))

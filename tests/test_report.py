@@ -36,6 +36,8 @@ from alignkit.report import (
 from alignkit.run_folder import RunFolder
 from alignkit.statistics import paired_difference, win_rate
 
+pytestmark = pytest.mark.usefixtures("drawn_plots")
+
 EVIL = "<script>alert('x')</script>\"><img src=x onerror=alert(1)>"
 VOID = {"meta", "img", "br", "link", "input"}
 

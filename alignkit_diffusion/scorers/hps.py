@@ -9,10 +9,12 @@ points: the weights decide which one it is, and a report that compares them must
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
 from PIL.Image import Image
+from safetensors import safe_open
 from torch import Tensor
 
 from alignkit.errors import ConfigError
@@ -53,6 +55,11 @@ def load_hpsv2(
     described = (file.parent / CONFIG).is_file()
     name = f"local-dir:{file.parent}" if described else architecture
     given = {} if described else {"pretrained": str(file)}
+    if lacking := _lacking(file, name):
+        raise ConfigError(
+            f"The weights of 'hpsv2' must be of the architecture {name!r}; {file} lacks {lacking} "
+            "of its tensors. Give HPSv2's own weights, with open_clip's keys."
+        )
     try:
         model: Any = open_clip.create_model(name, output_dict=True, precision="fp32", **given)
     except RuntimeError as error:
@@ -70,6 +77,16 @@ def load_hpsv2(
         return 100 * (found["image_features"] * found["text_features"][place]).sum(-1)
 
     return Scorer("hpsv2", "100 times cosine of image and prompt", [model], score)
+
+
+def _lacking(file: Path, name: str) -> int:
+    """How many tensors of the architecture a file does not hold, told without making any."""
+    import open_clip
+
+    with torch.device("meta"):
+        expected = open_clip.create_model(name, device="meta", load_weights=False).state_dict()
+    with safe_open(file, "pt") as held:
+        return len(set(expected) - set(held.keys()))
 
 
 def _preparation(model: Any) -> Any:

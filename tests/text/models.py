@@ -82,7 +82,11 @@ MODELS: Mapping[str, Callable[[], Any]] = {
 }
 
 
-def make(name: str) -> Any:
+def seeded(maker: Callable[[], Any]) -> Any:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        return MODELS[name]().eval()
+        return maker().eval()
+
+
+def make(name: str) -> Any:
+    return seeded(MODELS[name])

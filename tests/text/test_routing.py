@@ -14,6 +14,7 @@ from alignkit.config import RunConfig, check
 from alignkit.text.routing import Routers
 from alignkit.text.wing import build as build_text
 from tests.builders import VOCABULARY, tiny_lm, tiny_tokenizer, token_rows
+from tests.text.models import seeded
 
 SIZES: dict[str, Any] = {
     "vocab_size": VOCABULARY,
@@ -47,9 +48,7 @@ MIXTURES = {
 
 
 def mixture(name: str) -> Any:
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        return MIXTURES[name]().eval()
+    return seeded(MIXTURES[name])
 
 
 def padded(batch: Any) -> tuple[torch.Tensor, torch.Tensor]:
