@@ -106,7 +106,7 @@ def test_a_kill_while_scoring_loses_no_scored_answer(policy: Path, tmp_path: Pat
     whole = Lengths()
     run(policy, whole, tmp_path / "whole")
     broken = Lengths(fails_at=2)
-    with pytest.raises(OSError, match="away"):
+    with pytest.raises(DataError, match="the scorer is away"):
         run(policy, broken, tmp_path / "broken")
     rest = Lengths()
     run(policy, rest, tmp_path / "broken")
