@@ -306,3 +306,23 @@ def test_rows_of_other_lengths_are_not_compiled_anew(monkeypatch) -> None:
         torch.testing.assert_close(packed, expected, rtol=1e-6, atol=1e-5)
         found.append(counters["unique_graphs"])
     assert 0 < found[0] == found[1] == found[2]
+
+
+@pytest.mark.slow
+# The compiler looks at an attribute of its inputs that warns of being looked at.
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")
+def test_compiled_blocks_take_packed_rows_of_any_length() -> None:
+    """Compiled for one length and then for all, with gradients and without; no code is made."""
+    plain, module = (TextLikelihood(make("mistral")) for _ in range(2))
+    torch._dynamo.reset()
+    for unit in module.shard_units():
+        unit.compile(backend="eager")
+    counters = torch._dynamo.utils.counters["stats"]
+    found = []
+    for shapes in (SHAPES, LONG, ((3, (2, 2)), (5, (6,))), (*LONG, *SHAPES)):
+        batch = batch_of(shapes, "prefix")
+        assert_equal(computed(module, batch), computed(plain, batch))
+        with torch.no_grad():
+            module(batch)
+        found.append(counters["unique_graphs"])
+    assert 0 < found[1] == found[2] == found[3]
