@@ -9,7 +9,7 @@ All lengths are fractions of the picture's side, with y growing downwards.
 """
 
 import re
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -154,6 +154,19 @@ def draw_scene(prompt: ScenePrompt, rng: np.random.Generator) -> Scene:
         if _apart(objects) and _related(objects, prompt.relation):
             return Scene(objects, background)
     raise ValueError(f"no scene agrees with {prompt.text!r}")
+
+
+def rearrange(scene: Scene, rng: np.random.Generator) -> Scene:
+    """The same things, as large as before and on the same background, at other places."""
+    for _ in range(10_000):
+        lows = [item.half_box + _GAP for item in scene.objects]
+        places = [rng.uniform(low, 1 - low, size=2).tolist() for low in lows]
+        moved = tuple(
+            replace(item, x=x, y=y) for item, (x, y) in zip(scene.objects, places, strict=True)
+        )
+        if _apart(moved):
+            return replace(scene, objects=moved)
+    raise ValueError(f"the objects of {scene} do not fit beside each other")
 
 
 def _draw_object(named: NamedObject, rng: np.random.Generator) -> SceneObject:

@@ -50,6 +50,18 @@ def known_reward(prompt: ScenePrompt | str, image: Image.Image) -> float:
     return float(np.mean(np.clip(grades, 0, 1)))
 
 
+def offset(prompt: ScenePrompt | str, image: Image.Image) -> tuple[float, float] | None:
+    """From the first named object's centroid to the second's: to the right and down, in widths and
+    heights of the picture. None where one of the two is not there."""
+    prompt = read_prompt(prompt) if isinstance(prompt, str) else prompt
+    masks = _colour_masks(image)
+    seen = [masks[named.colour] for named in prompt.objects]
+    if len(seen) != 2 or any(mask.mean() < MIN_AREA for mask in seen):
+        return None
+    (x, y), (other_x, other_y) = (_centroid(mask) for mask in seen)
+    return float(other_x - x), float(other_y - y)
+
+
 def attribute_score(prompt: ScenePrompt | str, image: Image.Image) -> float:
     """The share of the prompt's attributes, other than the judged relations, that the picture has.
 
