@@ -18,14 +18,15 @@ from typing import Any
 import numpy as np
 from PIL.Image import Image
 
-from alignkit.demo.scene_drawing import ScenePrompt, draw_scene, rearrange, render
+from alignkit.demo.scene_drawing import Scene, ScenePrompt, draw_scene, rearrange, render
 from alignkit.demo.scene_judge import offset
 from alignkit.demo.scene_world import Split, make_prompts
 
 TIES, WRONG = 0.11, 0.15
 """Shares: of ties among the pairs, and of wrong labels among the others."""
-LEVEL, CLEAR = 0.05, 0.25
-"""Differences of `beside`: those of ties are below the first, all others at least the second."""
+LEVEL, CLEAR, SLACK = 0.05, 0.4, 0.15
+"""Differences of `beside`: ties have less than the first, other pairs at least the second. Drawing
+moves one by less than the third."""
 MISSING = -1.0
 """What a picture without one of the things is worth; the least of any picture."""
 
@@ -65,7 +66,12 @@ def _row(prompt: ScenePrompt, rng: np.random.Generator) -> Row:
     tie, wrong = rng.random() < TIES, rng.random() < WRONG
     scene = draw_scene(prompt, rng)
     while True:
-        pictures = [render(rearrange(scene, rng), seed=int(rng.integers(2**31))) for _ in range(2)]
+        scenes = [rearrange(scene, rng) for _ in range(2)]
+        # Only to save renderings that would be thrown away: a triangle's centroid lies lower.
+        planned = abs(_planned(scenes[0]) - _planned(scenes[1]))
+        if planned > SLACK if tie else planned < CLEAR - SLACK:
+            continue
+        pictures = [render(one, seed=int(rng.integers(2**31))) for one in scenes]
         first, second = (beside(prompt, picture) for picture in pictures)
         if abs(first - second) < LEVEL if tie else abs(first - second) >= CLEAR:
             break
@@ -77,6 +83,11 @@ def _row(prompt: ScenePrompt, rng: np.random.Generator) -> Row:
         "true": true,
         "people": 1 - true if wrong else true,
     }
+
+
+def _planned(scene: Scene) -> float:
+    first, second = scene.objects
+    return abs(first.x - second.x) - abs(first.y - second.y)
 
 
 def _png(picture: Image) -> bytes:
