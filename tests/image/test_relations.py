@@ -39,10 +39,11 @@ def test_beside_is_the_distance_sideways_less_that_in_height() -> None:
     assert beside("a red circle and a green square", picture(0.7, 0.3)) == MISSING
 
 
+@pytest.mark.slow
 def test_pairs_differ_in_the_relation_alone() -> None:
     from relation_world import CLEAR, LEVEL, TIES, WRONG, beside, make_rows
 
-    rows = make_rows(400, 0)
+    rows = make_rows(200, 0)
     held = {row["caption"] for row in make_rows(50, 0, split="heldout")}
     assert not held & {row["caption"] for row in rows}
     gaps, colours = [], []
@@ -59,8 +60,8 @@ def test_pairs_differ_in_the_relation_alone() -> None:
     assert np.all(np.array(gaps)[told] * (2 * true[told] - 1) >= CLEAR)
     # Renderings tint and scale a little; of 255 that is all that a mean colour can see.
     assert np.median(colours) < 4
-    assert 1 - told.mean() == pytest.approx(TIES, abs=0.05)
-    assert np.mean(true[told] != people[told]) == pytest.approx(WRONG, abs=0.06)
+    assert 1 - told.mean() == pytest.approx(TIES, abs=0.06)
+    assert np.mean(true[told] != people[told]) == pytest.approx(WRONG, abs=0.08)
     assert np.array_equal(people == 0.5, ~told)
 
 
@@ -68,13 +69,14 @@ def test_pairs_differ_in_the_relation_alone() -> None:
 def test_the_proof_in_small(tmp_path: Path) -> None:
     import prove_images_learn as proof
 
-    arms = ("true", "robust", "scorer")
-    found = proof.prove(tmp_path, proof.QUICK, arms)
-    assert set(found["arms"]) == set(arms)
-    assert (tmp_path / "figures.json").is_file()
+    found = proof.prove(tmp_path, proof.QUICK, ["scorer"])
     assert 0 <= found["scorer"]["accuracy"] <= 1
-    for row in found["arms"].values():
-        assert row["win_rate"]["num"] == proof.QUICK.prompts
+    assert found["arms"]["scorer"]["win_rate"]["num"] == proof.QUICK.prompts
+    assert (tmp_path / "figures.json").is_file()
+    # What is there is kept: nothing is trained again.
+    assert proof.prove(tmp_path, proof.QUICK, ["scorer"])["arms"] == found["arms"]
+    with pytest.raises(SystemExit, match="another size or seed"):
+        proof.prove(tmp_path, proof.QUICK, ["scorer"], seed=1)
 
 
 def test_bars_are_missed_by_what_is_below_them() -> None:
