@@ -326,14 +326,14 @@ def _play(
     folder.mkdir(parents=True, exist_ok=True)
     if isinstance(arguments.get("reference"), CachedReference):
         arguments["reference"] = CachedReference(folder=folder / "numbers")
+    short = GenerationOptions(steps=1) if image else GenerationOptions(max_new_tokens=2)
     run = build(
         case.policy(),
         case.method,
         arguments.pop("data"),
         run_dir=run_dir or folder / "run",
         resume=resume,
-        generation=GenerationOptions(steps=1) if image else GenerationOptions(max_new_tokens=2),
-        **arguments,
+        **({"generation": short} | arguments),
     )
     gradients = _watch_gradients(run)
     for record in run.steps():
