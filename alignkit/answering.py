@@ -96,16 +96,19 @@ class Writer:
         num = prompts.num_groups * samples
         rank, size = processes.rank, processes.size
         share = range(rank * num // size, (rank + 1) * num // size)
+        # A process without a share writes and scores one that is dropped, to keep in step.
+        places = share or range(1)
         own = self.wing.generate_tokens(
-            [prompts.content.prompts[place // samples] for place in share],
+            [prompts.content.prompts[place // samples] for place in places],
             self.options,
-            keys=[(self.seed, number, place) for place in share],
+            keys=[(self.seed, number, place) for place in places],
             together=processes if self.sharded else None,
         )
-        rows = [(prompts.rows or ())[place // samples] for place in share]
+        rows = [(prompts.rows or ())[place // samples] for place in places]
         asked = [row["prompt"] for row in rows]
         texts = self.wing.answer_texts(asked, [one.ids for one in own])
         scores = _agreed(lambda: self._scores(asked, texts, rows), processes)
+        own = own[: len(share)]
         ids = [one.tolist() for one in _gathered([one.ids for one in own], processes, torch.int64)]
         ended = processes.gather(torch.tensor([one.ended for one in own], dtype=torch.bool))
         groups = [ids[start : start + samples] for start in range(0, num, samples)]
@@ -115,10 +118,10 @@ class Writer:
             group=torch.arange(prompts.num_groups).repeat_interleave(samples),
             rank=torch.full((num,), -1),
         )
-        held = {name: processes.gather(scores[name]) for name in sorted(scores)}
+        held = {name: processes.gather(scores[name][: len(share)]) for name in sorted(scores)}
         logps = _gathered([one.logps for one in own], processes, torch.float32)
         table = torch.nn.utils.rnn.pad_sequence(list(logps), batch_first=True)
-        return Answers(batch, tuple(texts), share, ended, held, table)
+        return Answers(batch, tuple(texts[: len(share)]), share, ended, held, table)
 
     def _scores(
         self, asked: Sequence[Any], texts: Sequence[str], rows: Sequence[Any]

@@ -52,6 +52,8 @@ def _own(init: str, config: RunConfig, wing: Any) -> Critic:
     method: Any = config.method
     assert isinstance(wing, ScoresStates)
     backend = wing.scalar(init, adapter=config.adapter)
+    held: Any = wing
+    held.backend.beside.append(backend.module)  # computes the same rows, and must be able to
     return OwnCritic(backend, weight=method.vf_coef, warmup=method.critic_warmup)
 
 

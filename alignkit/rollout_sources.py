@@ -12,7 +12,9 @@ from alignkit.answering import Writer
 from alignkit.batches import Batch
 from alignkit.config import RunConfig
 from alignkit.data_sources import streams
+from alignkit.errors import ConfigError
 from alignkit.held_out_prompts import HeldOutPrompts
+from alignkit.mixtures import Mixture
 from alignkit.objectives.policy_gradient import PolicyGradientObjective
 from alignkit.online import controller_of
 from alignkit.options import TextOptions
@@ -88,6 +90,11 @@ def _prompts(
     config: RunConfig, wing: Any, options: TextOptions, reads: Mapping[str, Any], groups: int
 ) -> tuple[RowSource | StreamSource, int | None]:
     if streams(config.data, options):
+        if isinstance(config.data, Mixture):
+            raise ConfigError(
+                "A mixture of prompts is read as a whole, and data_options.streaming asks to "
+                "stream it. Write streaming=False, or give one set."
+            )
         stream = wing.stream(config.data, options, **reads)
         source = StreamSource(
             {"": stream},

@@ -24,6 +24,7 @@ from alignkit.answering import Answers, Writer
 from alignkit.batches import Batch, Experience
 from alignkit.credit import Looked, credit
 from alignkit.draws import generator
+from alignkit.errors import DataError
 from alignkit.kl_control import KLController
 from alignkit.losses.importance import mismatch, truncated_importance
 from alignkit.methods import PolicyGradient
@@ -149,6 +150,12 @@ class RolloutSource:
     def _rollout(self, prompts: Batch) -> Batch:
         answers = self.writer.answer(prompts, self.samples, self.number, self.processes)
         self._warn_of_cut(answers)
+        if bool(answers.scores[""].isnan().all()):
+            raise DataError(
+                f"The reward gave no score to any of the {len(answers.ended)} answers of rollout "
+                f"{self.number}, so there is nothing to learn from. Look at the reward; the run "
+                "goes on from its last checkpoint."
+            )
         looked = self._look(answers)
         coefficient = self.controller.value
         found = credit(self.method, looked, coefficient, self.running)
