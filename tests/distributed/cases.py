@@ -228,8 +228,12 @@ def _online(**changed: Any) -> Callable[[], dict[str, Any]]:
 
 
 CASES: Mapping[str, Case] = {
-    "online": Case(_text("llama"), _online(), PPO(rollout_size=8, normalize_scores=True)),
-    "sharded_online": Case(_text("llama"), _online(sharding="fsdp2"), PPO(rollout_size=8)),
+    "online": Case(
+        _text("llama"), _online(), PPO(rollout_size=8, normalize_scores=True, truncation="as_end")
+    ),
+    "sharded_online": Case(
+        _text("llama"), _online(sharding="fsdp2"), PPO(rollout_size=8, truncation="as_end")
+    ),
     "supervised": Case(_text("llama"), _supervised, TURNS),
     "sharded_supervised": Case(_text("llama"), _demonstrations(sharding="fsdp2"), TURNS),
     "coupled": Case(_text("llama"), _evaluated, SORTED),
