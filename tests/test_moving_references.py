@@ -123,6 +123,7 @@ def test_a_moving_reference_is_the_average_of_the_trained_tensors(wing, adapter,
         torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("wing", WINGS)
 def test_a_moving_reference_resumes_bit_exactly(wing, tmp_path) -> None:
     options = TrainerOptions(

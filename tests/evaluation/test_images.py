@@ -84,6 +84,7 @@ def edited(run: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
     return measured(run, tmp_path_factory.mktemp("edited"), edit=(0.3, 1.0))
 
 
+@pytest.mark.slow
 def test_held_out_pairs_on_the_fixed_bank(run: Path, found: Any) -> None:
     base = run.parent / "base"
     wing = build_wing(str(base), **{**BUILD, "adapter": LoRA(continue_from=str(run / "model"))})

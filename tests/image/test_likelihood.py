@@ -382,6 +382,7 @@ def test_bfloat16_stays_near_float32(pipe: Any, rows: list[dict[str, Any]]) -> N
     assert not torch.equal(scores, total(exact, batch))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("adapter", [None, LoRA(rank=4, targets="all")])
 def test_dpo_steps_raise_the_margin(adapter: LoRA | None) -> None:
     # Dark is better than bright. Fresh draws every step, measured on draws and pictures of their

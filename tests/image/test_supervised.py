@@ -141,6 +141,7 @@ def play(folder: Path, steps: int, **arguments: Any) -> Any:
     return run
 
 
+@pytest.mark.slow
 def test_a_low_rank_adapter_trains_saves_and_resumes_bit_exactly(tmp_path: Path) -> None:
     whole = play(tmp_path / "whole", 5, adapter=LoRA(rank=2))
     play(tmp_path / "stopped", 2, adapter=LoRA(rank=2))
