@@ -191,7 +191,7 @@ def ppo(spec: dict[str, Any], meter: Meter) -> None:
     from alignkit import PPO, GenerationOptions, LoRA, TextOptions, TrainerOptions, build
     from bench_text.scorer import Scorer
 
-    _get_ready(meter)
+    get_ready(meter)
     rows = [json.loads(line) for line in Path(spec["rows"]).read_text().splitlines()]
     shared = spec["shared"]
     run: Any = build(
