@@ -62,8 +62,9 @@ def fit_scorer(
     for _ in range(steps):
         picked = torch.randint(len(rows), (BATCH,), generator=draw)
         seen = pictures[picked]
-        if torch.rand((), generator=draw) < 0.5:
-            seen = seen.flip(-1)
+        for axis in (-1, -2):  # a mirrored picture is as good
+            if torch.rand((), generator=draw) < 0.5:
+                seen = seen.flip(axis)
         asked = {name: text[name][picked] for name in ("input_ids", "attention_mask")}
         loss = functional.binary_cross_entropy_with_logits(_gap(model, seen, asked), target[picked])
         optimizer.zero_grad()
