@@ -31,6 +31,7 @@ from alignkit.methods import (
     RLOO,
     SFT,
     RejectionSampling,
+    RewardModel,
     methods,
 )
 from alignkit.mixtures import Mixture
@@ -96,6 +97,7 @@ __all__ = [
     "NonFiniteError",
     "PrecomputedReference",
     "RejectionSampling",
+    "RewardModel",
     "RuleReward",
     "Run",
     "SafetyHelpfulness",

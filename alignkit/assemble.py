@@ -21,6 +21,7 @@ from alignkit.protocols import Wing
 from alignkit.reference_bank import BankedReference
 from alignkit.references import model_of
 from alignkit.result import FinishedRun
+from alignkit.reward_models import calibrate
 from alignkit.rollout_sources import rollout_sources_of
 from alignkit.rows import refuse_missing
 from alignkit.run import NUM_SAMPLES, Run, giving_back
@@ -106,6 +107,7 @@ def _assemble_around(
     make: Any = rollout_sources_of if config.method.online else sources_of
     source, eval_sources = make(config, wing, options, objective, runtime)
     expect(config, objective, source, eval_sources)
+    calibrate(objective, wing, source, config.method)
     trainer = Trainer(
         objective, source, config.trainer, runtime=runtime, learning_rate=resolved["learning_rate"]
     )

@@ -15,6 +15,7 @@ from alignkit.errors import refuse_unknown
 _METHODS: Mapping[str, Mapping[str, tuple[str, ...]]] = {
     "dpo": {"text": ("2305.18290",), "image": ("2305.18290", "2311.12908", "2307.01952")},
     "kto": {"text": ("2402.01306",), "image": ("2402.01306", "2404.04465", "2307.01952")},
+    "reward_model": {"text": ("1706.03741", "2203.02155")},
     "sft": {"text": ("2203.02155",), "image": ("2203.02155", "2112.10752", "2307.01952")},
     "rejection_sampling": {"text": ("2307.09288", "2304.06767")},
     "ppo": {"text": ("1707.06347", "1909.08593", "2203.02155")},
@@ -32,6 +33,7 @@ _OPTIONS = {
     "safeguard": "2511.03317",
     "min_snr": "2303.09556",
     "neftune_alpha": "2310.05914",
+    "centering": "2312.09244",
     "synced": "2404.09656",
 }
 _ADAPTERS = {
@@ -80,9 +82,9 @@ def citations(
     refuse_unknown("modality", modality, _METHODS[method_name])
     numbers = [*_METHODS[method_name][modality]]
     for name in [loss_name] if isinstance(loss_name, str) else loss_name or ():
-        from alignkit.losses import LOSSES, SUPERVISED_LOSSES
+        from alignkit.losses import LOSSES, REWARD_LOSSES, SUPERVISED_LOSSES
 
-        known = {**LOSSES, **SUPERVISED_LOSSES}
+        known = {**REWARD_LOSSES, **LOSSES, **SUPERVISED_LOSSES}
         refuse_unknown("loss", name, known)
         numbers += arxiv_numbers(known[name].paper)
     numbers += [_OPTIONS[option] for option in options]

@@ -9,14 +9,16 @@ from alignkit.errors import ConfigError, refuse_unknown
 from alignkit.losses import (
     GROUP_LOSSES,
     PREFERENCE_LOSSES,
+    REWARD_LOSSES,
     SUPERVISED_LOSSES,
     UNPAIRED_LOSSES,
     Loss,
+    RewardLoss,
     SupervisedLoss,
     UnpairedLoss,
     weighted_sum,
 )
-from alignkit.methods import DPO, KTO, SFT, Method, Online, Preference, modifiers
+from alignkit.methods import DPO, KTO, SFT, Method, Online, Preference, RewardModel, modifiers
 from alignkit.objectives.criterion import Criterion, OwnLoss
 from alignkit.objectives.kinds import PAIRS, UNPAIRED
 from alignkit.objectives.modifiers import Modifiers
@@ -24,15 +26,18 @@ from alignkit.reference_options import SyncedReference
 
 NATS = "per nat of the ELBO's log-ratio, estimated at one timestep and noise"
 
-TABLES_OF: Mapping[type, tuple[Mapping[str, Loss] | Mapping[str, SupervisedLoss], ...]] = {
+AnyLoss = Loss | SupervisedLoss | RewardLoss
+
+TABLES_OF: Mapping[type, tuple[Mapping[str, Any], ...]] = {
     DPO: (PREFERENCE_LOSSES, GROUP_LOSSES),
     KTO: (UNPAIRED_LOSSES,),
     SFT: (SUPERVISED_LOSSES,),
+    RewardModel: (REWARD_LOSSES, {"nll": SUPERVISED_LOSSES["nll"]}),
 }
 """Method -> the tables whose losses it may name."""
 
 
-def losses_named_by(method: type) -> dict[str, Loss | SupervisedLoss]:
+def losses_named_by(method: type) -> dict[str, AnyLoss]:
     """Name -> loss, of all that a method may name."""
     return {name: row for table in TABLES_OF.get(method, ()) for name, row in table.items()}
 
@@ -114,6 +119,13 @@ def supervised_loss_of(method: SFT) -> SupervisedLoss:
     return SUPERVISED_LOSSES[method.loss]
 
 
+def reward_loss_of(method: RewardModel) -> RewardLoss:
+    """The loss that a reward model of scores names, or its kind's own."""
+    if method.trained_on not in REWARD_LOSSES:
+        _refuse_loss(method.trained_on, method)
+    return REWARD_LOSSES[method.trained_on]
+
+
 def beta_of(loss: Loss | OwnLoss, method: Preference, modality: str) -> float:
     """The given beta, or the loss's default in the unit of the wing's log-ratio."""
     if method.beta is not None:
@@ -135,8 +147,8 @@ def describe(method: Method, modality: str) -> dict[str, Any]:
         told = given.pop("ptx_data", None)
         beside = {"ptx_data": told} if isinstance(told, str) else {}
         return {"name": method.name, **given, **beside}
-    if isinstance(method, SFT):
-        row = supervised_loss_of(method)
+    if isinstance(method, (SFT, RewardModel)):
+        row: Any = losses_named_by(type(method))[_name_of(method)]
         told = {"loss": row.name, "equation": row.equation, "paper": row.paper}
         return {"name": method.name, **told, **modifiers(method)}
     if not isinstance(method, Preference):
@@ -154,6 +166,10 @@ def describe(method: Method, modality: str) -> dict[str, Any]:
     }
 
 
+def _name_of(method: SFT | RewardModel) -> str:
+    return method.trained_on if isinstance(method, RewardModel) else method.loss
+
+
 def modifiers_of(method: Preference, router: float = 0.0) -> Modifiers:
     """What changes the losses of a method; `router` is the weight of the experts' balance."""
     if isinstance(method, KTO):
@@ -169,6 +185,8 @@ def modifiers_of(method: Preference, router: float = 0.0) -> Modifiers:
 
 def named_losses(method: Method) -> list[str]:
     """The names in the tables of what a method's loss is made of."""
+    if isinstance(method, RewardModel):
+        return [method.trained_on]
     loss = getattr(method, "loss", None)
     if isinstance(loss, (str, Mapping)):
         return [loss] if isinstance(loss, str) else list(loss)
@@ -178,6 +196,8 @@ def named_losses(method: Method) -> list[str]:
 def cited_options(method: Method, reference: Any) -> list[str]:
     """What of a method and its reference has a paper of its own, as `cite` names it."""
     used = list(modifiers(method))
+    if isinstance(method, RewardModel):
+        return [name for name in used if name == "centering"]
     if getattr(method, "timestep_weighting", None) == "min_snr":
         used.append("min_snr")
     if len(named_losses(method)) > 1:

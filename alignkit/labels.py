@@ -18,10 +18,16 @@ NUMBERS = {
     "groups": ("weight",),
     "unpaired": ("weight",),
     "supervised": ("weight",),
+    "rated": ("weight",),
 }
 """Kind -> its optional numeric columns."""
 
-_ROWS = {"groups": "rankings", "unpaired": "single answers", "supervised": "demonstrations"}
+_ROWS = {
+    "groups": "rankings",
+    "unpaired": "single answers",
+    "supervised": "demonstrations",
+    "rated": "rated answers",
+}
 
 _FIELDS = {"weight": "weight", "margin": "target_margin", "p_chosen": "p_chosen"}
 _NEUTRAL = {"weight": 1.0, "target_margin": 0.0, "p_chosen": 1.0}
@@ -105,6 +111,14 @@ def single_label(row: Mapping[str, Any]) -> Label:
     if desirable is None:
         raise BadRow("bad label", f"label is true or false, or 1 or 0; got {value!r}")
     return Label((-1,), desirable=desirable, numbers=_numbers(row, "unpaired"))
+
+
+def rated_label(row: Mapping[str, Any]) -> Label:
+    """Of one answer: `score`, a number."""
+    score = number(row, "score")
+    if score is None:
+        raise BadRow("no score", f"a rated answer has a score; got {row.get('score')!r}")
+    return Label((-1,), (score,), numbers=_numbers(row, "rated"))
 
 
 def demonstration_label(row: Mapping[str, Any]) -> Label:

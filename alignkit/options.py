@@ -132,6 +132,27 @@ class TrainerOptions:
         object.__setattr__(self, "trackers", list_of_names("trainer.trackers", self.trackers))
 
 
+MARGINS: Mapping[str, Mapping[str, float]] = MappingProxyType(
+    {
+        "small": {
+            "significantly better": 1.0,
+            "better": 2 / 3,
+            "slightly better": 1 / 3,
+            "negligibly better": 0.0,
+            "unsure": 0.0,
+        },
+        "large": {
+            "significantly better": 3.0,
+            "better": 2.0,
+            "slightly better": 1.0,
+            "negligibly better": 0.0,
+            "unsure": 0.0,
+        },
+    }
+)
+"""Llama 2's margins (Touvron et al. 2023, 2307.09288, table 27) of how much better an answer is."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class TextOptions:
     """How text rows are read.
@@ -156,6 +177,9 @@ class TextOptions:
             into memory; then `max_steps` says when to stop. "auto" streams files of 2 GiB or more
             and what has no length, such as a `datasets.IterableDataset`.
         shuffle_buffer: rows that are shuffled together when they are streamed.
+        margins: what a pair's `margin` in words ("significantly better", "better", "slightly
+            better", "negligibly better", "unsure") is worth: Llama 2's "small" margins, 1 to 0, or
+            its "large" ones, 3 to 0. Without it margins are numbers.
         columns: our column name -> the data's.
     """
 
@@ -167,6 +191,7 @@ class TextOptions:
     identical_pairs: Identical = "skip"
     streaming: bool | Literal["auto"] = "auto"
     shuffle_buffer: int = 10_000
+    margins: Literal["small", "large"] | None = None
     columns: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:

@@ -16,17 +16,19 @@ from alignkit.cached import cached_reference
 from alignkit.config import RunConfig
 from alignkit.criteria import criterion_of, modifiers_of, supervised_loss_of
 from alignkit.errors import ConfigError
-from alignkit.methods import SFT, Online, Preference
+from alignkit.methods import SFT, Online, Preference, RewardModel
 from alignkit.objectives.policy_gradient import PolicyGradientObjective
 from alignkit.objectives.preference import PreferenceObjective
 from alignkit.objectives.supervised import SupervisedObjective
 from alignkit.online import policy_gradient
 from alignkit.places import is_missing
 from alignkit.protocols import Wing
+from alignkit.rates import default_rate
 from alignkit.reference import FrozenModel
 from alignkit.reference_cache import StoredReference
 from alignkit.reference_options import CachedReference
 from alignkit.references import OtherModel, build_reference
+from alignkit.reward_models import reward_objective, scalar_options
 from alignkit.runtime import Runtime, pick_precision
 
 MODALITIES = {"text": "alignkit.text", "image": "alignkit_diffusion"}
@@ -34,27 +36,6 @@ MODALITIES = {"text": "alignkit.text", "image": "alignkit_diffusion"}
 
 IMAGE_OPTIONS = ("timestep_weighting", "timesteps")
 """Options of a method that the image wing's likelihood takes."""
-
-LEARNING_RATES = {
-    # Full: the DPO default of TRL; LoRA: the middle of the 5e-6 .. 5e-5 in common use.
-    ("text", False): 1e-6,
-    ("text", True): 1e-5,
-    # LoRA: between diffusers' recipe and the launcher of Wallace et al.; full: starting point for
-    # batches around 64 (that launcher's 2.05e-5 belongs to batches of 2048).
-    ("image", False): 2e-6,
-    ("image", True): 1e-5,
-}
-"""(modality, with adapter) -> DPO's default peak learning rate."""
-
-SFT_RATES = {
-    # Full: Llama 2 and TRL; LoRA: ten times as much, as is usual.
-    ("text", False): 2e-5,
-    ("text", True): 2e-4,
-    # Those of diffusers' text-to-image recipes.
-    ("image", False): 1e-5,
-    ("image", True): 1e-4,
-}
-"""(modality, with adapter) -> the default peak learning rate of supervised fine-tuning."""
 
 Offline = PreferenceObjective | SupervisedObjective
 """The objectives that learn from rows."""
@@ -155,7 +136,10 @@ def build_wing(config: RunConfig, modality: str, runtime: Runtime) -> Wing:
     method = config.method
     # Options of one modality's likelihood; on the other they were refused.
     options: dict[str, dict[str, Any]] = {
-        "text": {"neftune_alpha": getattr(method, "neftune_alpha", None)},
+        "text": {
+            "neftune_alpha": getattr(method, "neftune_alpha", None),
+            "scalar": scalar_options(method),
+        },
         "image": {name: getattr(method, name, None) for name in IMAGE_OPTIONS}
         | {"channels_last": config.trainer.channels_last},
     }
@@ -214,8 +198,7 @@ def build_objective(
         _compile(wing.backend.module)
     rate = config.trainer.learning_rate
     if rate is None:
-        rates = SFT_RATES if isinstance(config.method, SFT) else LEARNING_RATES
-        rate = rates[wing.modality, wing.adapter != "none"]
+        rate = default_rate(config.method, wing.modality, wing.adapter != "none")
     resolved = {
         "modality": wing.modality,
         **told,
@@ -230,7 +213,7 @@ def build_objective(
 def _maker(method: Any) -> Callable[[RunConfig, Wing, Runtime], tuple[Built, dict[str, Any]]]:
     if isinstance(method, Online):
         return _policy_gradient
-    return _supervised if isinstance(method, SFT) else _preference
+    return {SFT: _supervised, RewardModel: _reward}.get(type(method), _preference)
 
 
 def _policy_gradient(
@@ -291,3 +274,7 @@ def _supervised(config: RunConfig, wing: Wing, runtime: Runtime) -> tuple[Built,
         budget=config.trainer.micro_batch,
     )
     return objective, {"reference": "none"}
+
+
+def _reward(config: RunConfig, wing: Wing, runtime: Runtime) -> tuple[Built, dict[str, Any]]:
+    return reward_objective(config, wing)

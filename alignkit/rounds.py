@@ -27,7 +27,7 @@ from alignkit.labeller import (
     nothing_preferred,
     write_rows,
 )
-from alignkit.methods import KTO, SFT, Method, Preference
+from alignkit.methods import KTO, SFT, Method, Preference, RewardModel
 from alignkit.options import GenerationOptions, ImageOptions, LoRA, TextOptions, TrainerOptions
 from alignkit.parts import build_wing, modality_of
 from alignkit.protocols import PreferenceJudge, Reward
@@ -113,7 +113,11 @@ def align_rounds(
     )
     check(first, modality)
     if not isinstance(method, Preference) or criterion_of(method, modality).kind.rows == "unpaired":
-        others = {SFT: "demonstrations", KTO: "single labelled ones"}
+        others = {
+            SFT: "demonstrations",
+            KTO: "single labelled ones",
+            RewardModel: "labelled rows",
+        }
         read = others.get(type(method), "prompts")
         raise ConfigError(
             f"Rounds prefer answers to one another, and {type(method).__name__} reads {read}. Take "

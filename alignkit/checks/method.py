@@ -8,13 +8,23 @@ from typing import TYPE_CHECKING, Any
 
 from alignkit.checks.online import check_online
 from alignkit.checks.rejection import check_rejection
+from alignkit.checks.reward_model import check_reward_model
 from alignkit.checks.supervised import check_supervised
 from alignkit.criteria import criterion_of, loss_of
 from alignkit.errors import ConfigError
 from alignkit.losses import Loss
 from alignkit.losses.divergences import check_divergence
 from alignkit.losses.modifiers import check_weighting
-from alignkit.methods import DPO, SFT, Method, Online, Preference, RejectionSampling, modifiers
+from alignkit.methods import (
+    DPO,
+    SFT,
+    Method,
+    Online,
+    Preference,
+    RejectionSampling,
+    RewardModel,
+    modifiers,
+)
 from alignkit.objectives.criterion import Criterion, OwnLoss
 from alignkit.reference_options import NoiseBank, PrecomputedReference
 from alignkit.schema import require
@@ -50,6 +60,8 @@ def check_method(config: RunConfig, modality: str | None) -> None:
         return check_rejection(config)
     if isinstance(method, Online):
         return check_online(method, config, modality)
+    if isinstance(method, RewardModel):
+        return check_reward_model(method, config, modality)
     if method.timesteps is not None and method.timestep_weighting == "nats":
         raise ConfigError(
             "method.timestep_weighting='nats' is the ELBO, a sum over all timesteps; got "

@@ -6,6 +6,7 @@ from alignkit.losses import batchwise, offsets, pointwise, preference, reference
 from alignkit.losses.divergences import DIVERGENCES
 from alignkit.losses.group import GROUP_LOSSES
 from alignkit.losses.mixture import WeightedSum, weighted_sum
+from alignkit.losses.reward_model import REWARD_LOSSES, RatedScores, RewardLoss
 from alignkit.losses.scores import GroupScores, PairScores, UnpairedScores
 from alignkit.losses.supervised import SUPERVISED_LOSSES, SupervisedLoss
 from alignkit.losses.table import GroupLoss, Loss, PairLoss, State, UnpairedLoss
@@ -30,6 +31,7 @@ __all__ = [
     "GROUP_LOSSES",
     "LOSSES",
     "PREFERENCE_LOSSES",
+    "REWARD_LOSSES",
     "SUPERVISED_LOSSES",
     "UNPAIRED_LOSSES",
     "GroupLoss",
@@ -37,6 +39,8 @@ __all__ = [
     "Loss",
     "PairLoss",
     "PairScores",
+    "RatedScores",
+    "RewardLoss",
     "State",
     "SupervisedLoss",
     "UnpairedLoss",

@@ -27,6 +27,12 @@ def _not_above(scores: GroupScores) -> tuple[Bool[Tensor, "G K K"], Bool[Tensor,
     return (j >= i) & present, (j == i) & present
 
 
+def decided_pairs(scores: GroupScores) -> Bool[Tensor, "G K K"]:
+    """[g, i, j]: whether answer i is ranked above answer j."""
+    below, block = _not_above(scores)
+    return below & ~block
+
+
 def _lse(values: Tensor, where: Tensor) -> Tensor:
     """logsumexp over the last axis of the values where `where` holds; 0 where it never does."""
     none = ~where.any(-1)
@@ -69,8 +75,7 @@ def all_pairs(scores: GroupScores, *, beta: float) -> Float[Tensor, " G"]:
     Returns:
         (G,) losses; ln 2 where policy = reference, 0 for a group without any decided pair.
     """
-    below, block = _not_above(scores)
-    decided = below & ~block
+    decided = decided_pairs(scores)
     s = beta * scores.log_ratio
     losses = torch.where(decided, softplus(s[:, None, :] - s[:, :, None]), 0.0)
     return losses.sum((1, 2)) / decided.sum((1, 2)).clamp(min=1)

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 from alignkit.losses import (
     GROUP_LOSSES,
     LOSSES,
     PREFERENCE_LOSSES,
+    REWARD_LOSSES,
     SUPERVISED_LOSSES,
     UNPAIRED_LOSSES,
+    RewardLoss,
     SupervisedLoss,
 )
 from alignkit.losses.table import Loss
@@ -17,16 +20,18 @@ from alignkit.losses.table import Loss
 COLUMNS = ("name", "equation", "paper", "needs", "minimiser", "golden", "defaults", "options")
 
 
-TABLES: Mapping[str, Mapping[str, Loss] | Mapping[str, SupervisedLoss]] = {
+AnyLoss = Loss | SupervisedLoss | RewardLoss
+TABLES: Mapping[str, Mapping[str, Any]] = {
     "Pairs": PREFERENCE_LOSSES,
     "Rankings": GROUP_LOSSES,
     "Single labelled answers": UNPAIRED_LOSSES,
     "Demonstrations": SUPERVISED_LOSSES,
+    "Reward models": REWARD_LOSSES,
 }
 """Kind of data -> its losses."""
 
 
-def cells(loss: Loss | SupervisedLoss) -> dict[str, str]:
+def cells(loss: AnyLoss) -> dict[str, str]:
     """What a listing says of a loss, by column."""
     if isinstance(loss, SupervisedLoss):
         return {
@@ -38,6 +43,17 @@ def cells(loss: Loss | SupervisedLoss) -> dict[str, str]:
             "golden": f"{loss.golden:.7f}",
             "defaults": "none",
             "options": "none",
+        }
+    if isinstance(loss, RewardLoss):
+        return {
+            "name": loss.name,
+            "equation": loss.equation,
+            "paper": loss.paper,
+            "needs": f"{' or '.join(loss.rows)}, no reference",
+            "minimiser": loss.first.minimiser,
+            "golden": f"{loss.golden:.7f}",
+            "defaults": "none",
+            "options": "those of RewardModel",
         }
     assert loss.golden is not None
     return {
@@ -54,7 +70,7 @@ def cells(loss: Loss | SupervisedLoss) -> dict[str, str]:
     }
 
 
-def entry(loss: Loss | SupervisedLoss) -> str:
+def entry(loss: AnyLoss) -> str:
     """A loss in a few lines, for terminals."""
     shown = cells(loss)
     if isinstance(loss, Loss):
@@ -99,7 +115,7 @@ def _beta_table() -> str:
     return "\n".join(lines)
 
 
-def _markdown_table(losses: Mapping[str, Loss] | Mapping[str, SupervisedLoss]) -> str:
+def _markdown_table(losses: Mapping[str, Any]) -> str:
     lines = ["| " + " | ".join(COLUMNS) + " |", "|---" * len(COLUMNS) + "|"]
     for loss in losses.values():
         shown = cells(loss) | {"name": f"`{loss.name}`"}

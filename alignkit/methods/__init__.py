@@ -14,16 +14,31 @@ from alignkit.methods.online import Online
 from alignkit.methods.policy_gradient import A2C, GRPO, PPO, REINFORCE, RLOO
 from alignkit.methods.preference import DPO, KTO, Divergence
 from alignkit.methods.rejection import RejectionSampling
+from alignkit.methods.reward_model import RewardModel
 from alignkit.methods.supervised import SFT, LossOn
 
 PolicyGradient = PPO | A2C | REINFORCE | RLOO | GRPO
 """The methods whose policy writes the answers that it learns from."""
-Method = DPO | KTO | SFT | RejectionSampling | PolicyGradient
+Method = DPO | KTO | SFT | RewardModel | RejectionSampling | PolicyGradient
 Preference = DPO | KTO
 """The methods whose losses compare policy and reference, or the answers of a row."""
 
 METHODS: Mapping[str, type[Method]] = MappingProxyType(
-    {cls.name: cls for cls in (DPO, KTO, SFT, RejectionSampling, PPO, A2C, REINFORCE, RLOO, GRPO)}
+    {
+        cls.name: cls
+        for cls in (
+            DPO,
+            KTO,
+            SFT,
+            RewardModel,
+            RejectionSampling,
+            PPO,
+            A2C,
+            REINFORCE,
+            RLOO,
+            GRPO,
+        )
+    }
 )
 """Name in YAML -> method."""
 
@@ -44,6 +59,7 @@ __all__ = [
     "PolicyGradient",
     "Preference",
     "RejectionSampling",
+    "RewardModel",
     "TimestepWeighting",
     "Timesteps",
     "methods",

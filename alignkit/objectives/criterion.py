@@ -71,6 +71,7 @@ class Criterion:
         divergence, divergence_alpha: what holds the policy to the reference; see
             `alignkit.losses.divergences`.
         scale: what the losses are multiplied by.
+        read_as: how likelihoods become scores, where that is not the loss's own way.
     """
 
     loss: Loss | OwnLoss
@@ -79,6 +80,7 @@ class Criterion:
     divergence: str = "reverse_kl"
     divergence_alpha: float = 0.5
     scale: float = 1.0
+    read_as: Kind | None = None
 
     @classmethod
     def of(cls, loss: Any, *, beta: float, **keywords: Any) -> Criterion:
@@ -89,7 +91,7 @@ class Criterion:
     @property
     def kind(self) -> Kind:
         """The kind of row whose scores the loss takes."""
-        return kind_of(self.loss)
+        return kind_of(self.loss) if self.read_as is None else self.read_as
 
     @property
     def couples(self) -> bool:

@@ -4,7 +4,7 @@ reported of them.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,11 +26,15 @@ class Kind:
         rows: its name, as `Wing.examples` takes it.
         scores: `(batch, policy, reference, **fields) -> scores`; further fields are handed through.
         metrics: `(scores, beta, weight) -> metrics`, weighted sums and their weights.
+        wants: extras of the policy's forward that `scores` takes.
+        derived: `(means) -> metrics` of a held-out set, from the means of its metrics.
     """
 
     rows: str
     scores: Callable[..., Any]
     metrics: Callable[[Any, float, Tensor], Metrics]
+    wants: frozenset[str] = frozenset()
+    derived: Callable[[Mapping[str, float]], dict[str, float]] = lambda means: {}
 
 
 def _given(value: Tensor | None, like: Tensor) -> Tensor | None:

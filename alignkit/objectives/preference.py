@@ -62,7 +62,7 @@ class PreferenceObjective:
         self.modifiers = modifiers or Modifiers()
         self.seed = seed
         self.budget = budget
-        self.requires = self.modifiers.of_policy
+        self.requires = self.modifiers.of_policy | criterion.kind.wants
         self.collective: Collective = _ALONE
         self.state: State = {}
         self._next: State = {}
@@ -152,7 +152,7 @@ class PreferenceObjective:
             self.reference,
             batch,
             micro.key,
-            want=modifiers.of_policy,
+            want=self.requires,
             want_of_reference=modifiers.of_both,
             known=micro.known.scored.reference if micro.known else None,
         )
@@ -239,7 +239,7 @@ class PreferenceObjective:
         return {"loss": (total, scored.weight.sum()), **self._metrics(scored), **strata}
 
     def derived(self, means: Mapping[str, float]) -> dict[str, float]:
-        return {}
+        return self.criterion.kind.derived(means)
 
     @torch.no_grad()
     def culprits(self, micro: Micro) -> list[int]:

@@ -34,6 +34,7 @@ class SupervisedObjective:
     Args:
         backend: evaluates the policy.
         loss: a row of `SUPERVISED_LOSSES`.
+        rows: kind of rows.
         loss_on: which tokens are scored, for a wing whose answers have several; the rows are read
             so.
         tokens: whether likelihoods are made of tokens, which have an accuracy and a perplexity.
@@ -51,6 +52,7 @@ class SupervisedObjective:
         backend: Backend,
         loss: SupervisedLoss,
         *,
+        rows: str = "supervised",
         loss_on: str | None = None,
         tokens: bool = True,
         scale: float = 1.0,
@@ -68,7 +70,7 @@ class SupervisedObjective:
         self.requires = _NOTHING if loss.additive else _TOKENS
         if router:
             self.requires |= {ROUTER}
-        self.reads = {"kind": "supervised"} | ({} if loss_on is None else {"loss_on": loss_on})
+        self.reads = {"kind": rows} | ({} if loss_on is None else {"loss_on": loss_on})
 
     @property
     def trainable(self) -> Trainable:

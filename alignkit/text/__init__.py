@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-__all__ = ["build"]
+__all__ = ["build", "load_judge", "load_reward"]
 
 
 def build(policy: Any, **options: Any) -> Any:
@@ -20,3 +20,17 @@ def build(policy: Any, **options: Any) -> Any:
 
     options.pop("scalar", None)
     return build(policy, **options)
+
+
+def load_reward(place: Any, **options: Any) -> Any:
+    """A reward model as a `Reward`; see `alignkit.text.scores.load_reward`."""
+    from alignkit.text.scores import load_reward
+
+    return load_reward(place, **options)
+
+
+def load_judge(place: Any, **options: Any) -> Any:
+    """A reward model as a `PreferenceJudge`; see `alignkit.text.scores.load_judge`."""
+    from alignkit.text.scores import load_judge
+
+    return load_judge(place, **options)

@@ -22,6 +22,7 @@ from alignkit.text.examples import TextExamples, TokenRow
 from alignkit.text.formats import Rendered
 from alignkit.text.layouts import Layout, recognise
 from alignkit.text.prompt_rows import Question
+from alignkit.text.rated_rows import critique_row, with_margin
 from alignkit.text.row_kinds import LAYOUTS, READERS, Tokens
 from alignkit.text.supervised import Demonstration, cut, learned, read_demonstration
 from alignkit.text.tokens import Limits, Splitter
@@ -61,7 +62,7 @@ class Reader:
             any kind `weight`, on pairs `margin`, `p_chosen`, `score_chosen` and `score_rejected`.
         tokenizer: of the policy; not changed.
         options: limits and policies.
-        kind: "pairs", "groups", "unpaired", "supervised" or "prompts".
+        kind: a name of `LAYOUTS`.
         loss_on: of supervised rows what is learned: "completion", "assistant" or "all".
         room: tokens that prompts leave for an answer.
 
@@ -114,7 +115,7 @@ class Reader:
         for number, row in numbered:
             _refuse_images(row, self._name)
             with self._sieve.guard(number):
-                ours = self._ours(row)
+                ours = with_margin(self._ours(row), self._options.margins)
                 check_columns(ours, self._kind, LAYOUTS, self._name)
                 read.append((number, *self._items(ours)))
         texts = [getattr(one, "texts", one) for _, one, _ in read]
@@ -159,7 +160,9 @@ class Reader:
 
     def _items(self, row: Mapping[str, Any]) -> tuple[Any, Any]:
         """What is to be tokenised of a row in our columns, and what it says of its answers."""
-        if self._kind == "supervised":
+        if self._kind == "critiques":
+            row = critique_row(row, self._template)
+        if self._kind in ("supervised", "critiques"):
             item = read_demonstration(self._tokenizer, row, self._loss_on)
             self.chat = self.chat or item.chat
             return item, demonstration_label(row)

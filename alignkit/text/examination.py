@@ -30,6 +30,8 @@ NAMES = {
     "groups": ("answers",),
     "unpaired": ("answers",),
     "supervised": ("answers",),
+    "rated": ("answers",),
+    "critiques": ("answers",),
     "prompts": (),
 }
 SHOWN = {
@@ -37,6 +39,8 @@ SHOWN = {
     "groups": "rankings of K answers",
     "unpaired": "single labelled answers",
     "supervised": "demonstrations",
+    "rated": "rated answers",
+    "critiques": "critiques of answers",
     "prompts": "prompts to answer",
 }
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 _FLAGS = (
     "training",
@@ -91,3 +92,12 @@ def uncompiled(model: nn.Module) -> Iterator[None]:
     finally:
         for module, call in held:
             module._compiled_call_impl = call
+
+
+def save_weights(model: Any, folder: Path, weights: Mapping[str, Tensor] | None) -> None:
+    """As `save_pretrained`; that writes the architecture into the config, which is the caller's."""
+    given = {} if weights is None else {"state_dict": dict(weights)}
+    before = dict(vars(model.config))
+    model.save_pretrained(folder, **given)
+    vars(model.config).clear()
+    vars(model.config).update(before)

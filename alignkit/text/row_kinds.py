@@ -10,6 +10,7 @@ from alignkit.labels import Label, group_label, pair_label, single_label
 from alignkit.text.content import Ids
 from alignkit.text.formats import Rendered, is_messages, render_answers
 from alignkit.text.prompt_rows import Question, read_question
+from alignkit.text.rated_rows import read_rated
 from alignkit.text.tokens import GROUP_IDS, PAIR_IDS, SUPERVISED_IDS, ids_of, ids_of_all
 
 LAYOUTS: Mapping[str, tuple[tuple[Column, ...], ...]] = {
@@ -25,6 +26,8 @@ LAYOUTS: Mapping[str, tuple[tuple[Column, ...], ...]] = {
         (*SUPERVISED_IDS, "label"),
     ),
     "supervised": (("messages",), ("prompt", "completion"), SUPERVISED_IDS, ("text",)),
+    "rated": (("prompt", "completion", "score"), ("prompt", "responses", "scores")),
+    "critiques": (("prompt", "completion", "critique", "verdict"),),
     "prompts": (("prompt",), PAIR_IDS[:1], ("messages",), ("chosen", "rejected")),
 }
 """Kind of rows -> the ways to write them; a pair's prompt may be what its answers share."""
@@ -78,6 +81,7 @@ READERS: Mapping[
     "pairs": _pair,
     "groups": _group,
     "unpaired": _single,
+    "rated": read_rated,
     "prompts": read_question,
 }
 """Kind of rows of answers -> what reads a row of it."""

@@ -3,26 +3,23 @@
 from __future__ import annotations
 
 import copy
-import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from alignkit.atomic import atomic_write
 from alignkit.errors import ConfigError
 from alignkit.options import GenerationOptions, LoRA, TextOptions
 from alignkit.text.handed import base_of
+from alignkit.text.notes import model_folder, read_notes, write_notes
+from alignkit.text.pairwise import PairwiseBackend, separator_of
 from alignkit.text.scalar import TextScalar
 from alignkit.text.scalar_models import is_scalar, load_scalar, scalar_of
 from alignkit.text.together import DTYPES, put_together
 from alignkit.text.wing import TextWing
-
-NOTES = "reward_model.json"
-"""What of a reward model its weights do not say, beside them in its folder."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +43,7 @@ class Scale:
 def build(
     policy: Any,
     *,
-    scalar: Scale,
+    scalar: Scale | Mapping[str, Any],
     adapter: LoRA | None = None,
     device: torch.device | str = "cpu",
     precision: str = "fp32",
@@ -64,7 +61,12 @@ def build(
         head: how a new head begins; see `load_scalar`.
     """
     assert not any(others.values()), others
+    if not isinstance(scalar, Scale):
+        scalar = Scale(**scalar)
     dtype = DTYPES[precision]
+    kept = isinstance(policy, (str, Path)) and is_scalar(policy)
+    if kept:
+        scalar = _as_kept(scalar, Path(policy))
     model, tokenizer = load_scalar(
         policy,
         dtype=dtype,
@@ -89,7 +91,26 @@ def build(
         seed=seed,
     )
     wing.scale = scalar
+    wing.goes_on = in_hand or wing.adapter == "continued" or kept
+    if scalar.pairwise:
+        wing.backend = PairwiseBackend(wing.module, separator_of(tokenizer))
     return wing
+
+
+def _as_kept(scalar: Scale, folder: Path) -> Scale:
+    """With the scale that a reward model's folder has.
+
+    Raises:
+        ConfigError: for a model that reads answers otherwise.
+    """
+    kept = scale_of(read_notes(folder))
+    if (kept.pairwise, kept.ordinal) != (scalar.pairwise, scalar.ordinal):
+        raise ConfigError(
+            f"The reward model {str(folder)!r} was trained with pairwise={kept.pairwise}, "
+            f"ordinal={kept.ordinal}, and is to go on with pairwise={scalar.pairwise}, "
+            f"ordinal={scalar.ordinal}. Keep its kind and loss, or begin from a language model."
+        )
+    return replace(scalar, scale=kept.scale, offset=kept.offset)
 
 
 class ScalarWing(TextWing):
@@ -97,9 +118,11 @@ class ScalarWing(TextWing):
 
     Attributes:
         scale: how scores are read off of the head.
+        goes_on: whether the head was trained before.
     """
 
     scale: Scale = Scale()
+    goes_on = False
 
     def sample(self, prompts: Sequence[Any], options: GenerationOptions, *, seed: int) -> list[str]:
         raise ConfigError(
@@ -135,13 +158,7 @@ class ScalarWing(TextWing):
         module = self.module
         assert isinstance(module, TextScalar)
         told = replace(self.scale, scale=module.scale, offset=module.offset)
-        atomic_write(folder / NOTES, json.dumps(asdict(told) | {"chat": self.chat}, indent=2))
-
-
-def read_notes(folder: Path) -> dict[str, Any]:
-    """What `ScalarWing.save` wrote beside the weights; nothing for other people's models."""
-    file = folder / NOTES
-    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+        write_notes(folder, asdict(told) | {"chat": self.chat})
 
 
 def critic_of(wing: TextWing, init: str | Path, adapter: LoRA | None = None) -> ScalarWing:
@@ -160,16 +177,18 @@ def critic_of(wing: TextWing, init: str | Path, adapter: LoRA | None = None) -> 
     if init == "policy":
         source: Any = (scalar_of(wing.policy, copied=True, head="zeros"), wing.tokenizer)
     else:
+        init = model_folder(init)
         if not is_scalar(init):
             raise ConfigError(
                 f"A critic begins from 'policy' or a reward model's folder; {str(init)!r} is "
                 "another model. Train one with RewardModel(...)."
             )
-        source, told = str(init), _scale_of(read_notes(Path(init)))
+        source, told = str(init), scale_of(read_notes(Path(init)))
     made = build(source, scalar=told, adapter=adapter, device=parameter.device, precision=precision)
     made.backend.choose("auto")
     return made
 
 
-def _scale_of(notes: Mapping[str, Any]) -> Scale:
-    return Scale(**{name: value for name, value in notes.items() if name != "chat"})
+def scale_of(notes: Mapping[str, Any]) -> Scale:
+    """Of what is written beside a model; a plain one for other people's."""
+    return Scale(**{f.name: notes[f.name] for f in fields(Scale) if f.name in notes})

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -27,12 +28,13 @@ from alignkit.text.engines import ENGINES
 from alignkit.text.examples import TextExamples
 from alignkit.text.fit import check_fit, check_room
 from alignkit.text.formats import prompt_text
-from alignkit.text.handed import State, base_of
+from alignkit.text.handed import State, base_of, save_weights
 from alignkit.text.likelihood import TextLikelihood
 from alignkit.text.loading import load, refuse_other_models
 from alignkit.text.mixed import read_mixture
 from alignkit.text.module import TextModule
 from alignkit.text.noise import embedding_of
+from alignkit.text.notes import write_notes
 from alignkit.text.policy import detach
 from alignkit.text.prompts import distinct_prompts, prompt_ids
 from alignkit.text.row_kinds import LAYOUTS
@@ -107,6 +109,7 @@ class TextWing:
     """
 
     modality = "text"
+    notes: Mapping[str, Any] = MappingProxyType({})  # of a critic, written beside its weights
     default_options = TextOptions()
 
     def __init__(
@@ -258,13 +261,9 @@ class TextWing:
         weights: Mapping[str, torch.Tensor] | None = None,
     ) -> None:
         """A model folder (`from_pretrained`) or an adapter folder (`PeftModel.from_pretrained`)."""
-        given = {} if weights is None else {"state_dict": dict(weights)}
-        config = self.policy.config
-        before = dict(vars(config))  # saving writes the architecture into the caller's config
-        self.policy.save_pretrained(folder, **given)
-        vars(config).clear()
-        vars(config).update(before)
+        save_weights(self.policy, folder, weights)
         self.tokenizer.save_pretrained(folder)
+        write_notes(folder, self.notes)
 
     def engage(self) -> None:
         """Eval mode, gradient flags and checkpointing as they were while training."""

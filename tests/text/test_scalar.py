@@ -14,9 +14,10 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from alignkit import LoRA, TextOptions
 from alignkit.errors import ConfigError
 from alignkit.text import build
+from alignkit.text.notes import NOTES
 from alignkit.text.scalar import TextScalar
 from alignkit.text.scalar_models import scalar_of
-from alignkit.text.scalar_wing import NOTES, Scale
+from alignkit.text.scalar_wing import Scale
 from tests.builders import move, pair_rows, text_wing, tiny_lm, tiny_tokenizer
 from tests.text.models import make
 from tests.text.test_packing import SHAPES, batch_of
@@ -140,7 +141,7 @@ def test_what_cannot_score_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="another model"):
         text_wing().scalar(tmp_path)
     build((tiny_lm(), tiny_tokenizer()), scalar=Scale(outputs=2, ordinal=True)).save(tmp_path)
-    with pytest.raises(ConfigError, match=r"needs 1 output\(s\) and has 2"):
+    with pytest.raises(ConfigError, match="trained with pairwise=False, ordinal=True"):
         build(tmp_path, scalar=Scale())
 
 
