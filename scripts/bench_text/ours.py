@@ -28,6 +28,12 @@ def sft(spec: dict[str, Any], meter: Meter) -> None:
     _train(spec, meter, SFT())
 
 
+def reward(spec: dict[str, Any], meter: Meter) -> None:
+    from alignkit import RewardModel
+
+    _train(spec, meter, RewardModel())
+
+
 def bound(spec: dict[str, Any], meter: Meter) -> None:
     """Every batch twice: timed, and then noted; afterwards its products alone."""
     from alignkit import DPO

@@ -31,6 +31,12 @@ def kto(spec: dict[str, Any], meter: Meter) -> None:
     _train(KTOTrainer, _arguments(KTOConfig, spec), spec, meter)
 
 
+def reward(spec: dict[str, Any], meter: Meter) -> None:
+    from trl import RewardConfig, RewardTrainer
+
+    _train(RewardTrainer, _arguments(RewardConfig, spec), spec, meter)
+
+
 def sft(spec: dict[str, Any], meter: Meter) -> None:
     from trl import SFTConfig, SFTTrainer
 
