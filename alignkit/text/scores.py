@@ -98,6 +98,8 @@ def _read(wing: TextWing, rows: list[dict[str, Any]], kind: str) -> Sequence[Tok
 @torch.no_grad()
 def _totals(wing: TextWing, prompts: Sequence[np.ndarray], answers: Any) -> list[Tensor]:
     """Of each group of answers to a prompt, their totals."""
+    if not prompts:
+        return []
     owner = [group for group, given in enumerate(answers) for _ in given]
     content = TextContent(
         tuple(prompts), tuple(one for given in answers for one in given), tuple(owner)
