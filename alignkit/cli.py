@@ -10,7 +10,7 @@ import typer
 from typer.core import TyperGroup
 
 from alignkit import __version__
-from alignkit.commands import cache, doctor, evaluate, export, label, listing, read_sheet
+from alignkit.commands import cache, doctor, evaluate, export, label, listing, read_sheet, recipe
 from alignkit.errors import AlignkitError
 
 
@@ -72,10 +72,15 @@ def train(
         typer.Option("--dry-run", help="Check, print the whole configuration, load no weights."),
     ] = False,
 ) -> None:
-    """Run a YAML file, such as: alignkit train FILE seed=1."""
-    from alignkit.config import check, from_file, to_mapping
+    """Run a YAML file, such as: alignkit train FILE seed=1. One with `recipe:` is several runs."""
+    from alignkit.config import check, from_mapping, to_mapping
+    from alignkit.yaml_file import override, read_yaml
 
-    config = from_file(file, overrides or ())
+    given = override(read_yaml(file), overrides or ())
+    if "recipe" in given:
+        recipe.train(given, str(file), dry_run=dry_run)
+        return
+    config = from_mapping(given, where=str(file))
     from alignkit import api
 
     if dry_run:

@@ -92,7 +92,7 @@ IN_FILES: Mapping[str, Any] = {
     "data": str | Mapping[str, Any],
     "eval_data": str | Mapping[str, str] | None,
     "reference": str | Mapping[str, Any],
-    "reward": str | None,
+    "reward": str | Mapping[str, Any] | None,
     "judge": str | None,
     "run_dir": str | None,
     "resume": str,
@@ -126,8 +126,8 @@ def from_mapping(mapping: Mapping[str, Any], where: str = "config") -> RunConfig
 def _read_run(given: dict[str, Any]) -> RunConfig:
     if "recipe" in given:
         raise ConfigError(
-            f"recipe is not supported; got {given['recipe']!r}. "
-            "Write one run as policy, method and data."
+            f"A recipe is several runs, and this is the place of one; got {given['recipe']!r}. Run "
+            "it by `alignkit train FILE`, or from Python by alignkit.recipes.run_recipe()."
         )
     refuse_unknown_keys("", given, IN_FILES)
     for name in _REQUIRED:

@@ -124,7 +124,7 @@ def online(method: Any) -> Any:
             "reward": score,
             "generation": OWN,
             "trainer": TrainerOptions(
-                max_steps=size.online_steps, batch_size=64, learning_rate=2e-4, log_every=10
+                max_steps=size.online_steps, batch_size=32, learning_rate=2e-4, log_every=10
             ),
         }
 

@@ -165,7 +165,7 @@ def test_a_number_as_text_is_a_number_where_one_is_expected():
             {"data": [{"prompt": "x"}]},
             r"data must be text or a mapping; got \[\{'prompt': 'x'\}\] \(list\)",
         ),
-        ({"recipe": "instructgpt"}, r"recipe is not supported; got 'instructgpt'"),
+        ({"recipe": "instructgpt"}, r"A recipe is several runs.*; got 'instructgpt'"),
         ({"reference": {"ema": 0.9}}, r"reference as a mapping has a kind, such as"),
         ({"reference": {"kind": "emma"}}, r"Unknown reference\.kind 'emma'\. Did you mean 'ema'"),
         ({"reference": {"kind": "ema"}}, r"reference\.decay must be given"),
