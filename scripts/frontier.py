@@ -11,7 +11,7 @@ prompts. SFT on chosen answers has no such strength, so its points are lengths o
 best-of-n has its n, and the KL ln n - (n - 1) / n, which is an upper bound.
 
 Each point is kept in OUT/points.jsonl, and a second call goes on where the first one was. The
-figure is OUT/frontier.png. Less than 30 minutes on two CPU cores.
+figure is OUT/frontier.png.
 """
 
 from __future__ import annotations
