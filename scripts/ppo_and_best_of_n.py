@@ -48,7 +48,7 @@ def main(given: Sequence[str] | None = None) -> int:
     parser.add_argument("--work", type=Path, default=Path("runs/ppo"))
     parser.add_argument("--quick", action="store_true", help="few steps; no bar is applied")
     parser.add_argument("--steps", type=int, default=160)
-    parser.add_argument("--rate", type=float, default=2e-4)
+    parser.add_argument("--rate", type=float, default=1e-3)
     parser.add_argument("--kl", type=float, default=0.02, help="kl_coef")
     options = parser.parse_args(given)
     prompts = prompt_rows(24 if options.quick else 300, seed=1, split="heldout")
