@@ -42,6 +42,7 @@ def work(tmp_path_factory: Any) -> Path:
         "bench_overhead",
         "bench_syncs",
         "bench_reference",
+        "bench_reward",
         "bench_tokenise",
     ],
 )
