@@ -68,17 +68,17 @@ WIN_BAR, SCORER_BAR = 0.85, 0.05
 class Size:
     """How much is done."""
 
-    pairs: int = 5000
+    pairs: int = 4000
     heldout: int = 128
-    steps: int = 800
+    steps: int = 500
     batch_size: int = 32
     learning_rate: float = 1.5e-3
     beta: float = 1000.0
     anchor: float = 375.0
     rank: int = 16
-    prompts: int = 400
+    prompts: int = 300
     sampler: int = 20
-    scorer_steps: int = 1500
+    scorer_steps: int = 1000
 
 
 QUICK = Size(pairs=24, heldout=4, steps=2, batch_size=4, prompts=4, sampler=2, scorer_steps=3)

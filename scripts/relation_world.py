@@ -1,9 +1,10 @@
-"""Preferences over a relation: two named things side by side rather than one above the other.
+"""Preferences over a relation: two named things side by side, on one level, neither near nor far.
 
 Both pictures of a pair hold the same things, equally large, on the same background; only where they
-stand differs. So no mean colour tells which is better. The people of this world look at how much
-further apart the two things are sideways than in height. Where two pictures hardly differ in that,
-they see a tie; else they are wrong as often as `WRONG` says.
+stand differs. So no mean colour tells which is better. The people of this world look at how far the
+two things are from standing on one level, `APART` from each other. Where two pictures hardly differ
+in that, they see a tie; else they are wrong as often as `WRONG` says. As among pictures that people
+chose, the better one of a pair is good, and the other one may be anything.
 
 Rows have Pick-a-Pic's columns. Their captions come from compositions of the training split.
 """
@@ -11,6 +12,7 @@ Rows have Pick-a-Pic's columns. Their captions come from compositions of the tra
 from __future__ import annotations
 
 import io
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,19 +26,26 @@ from alignkit.demo.scene_world import Split, make_prompts
 
 TIES, WRONG = 0.11, 0.15
 """Shares: of ties among the pairs, and of wrong labels among the others."""
-LEVEL, CLEAR, SLACK = 0.05, 0.4, 0.15
-"""Differences of `beside`: ties have less than the first, other pairs at least the second. Drawing
-moves one by less than the third."""
-MISSING = -1.0
-"""What a picture without one of the things is worth; the least of any picture."""
+APART = 0.45
+"""How far from each other two things stand best, in picture sides."""
+GOOD = -0.08
+"""What the better picture of a pair is planned to be worth at least."""
+LEVEL, CLEAR = 0.05, 0.25
+"""Differences of `beside`: ties have less than the first, other pairs at least the second."""
+MISSING = -2.0
+"""What a picture without one of the things is worth: less than any picture with both."""
 
 Row = dict[str, Any]
 
 
 def beside(prompt: ScenePrompt | str, picture: Image) -> float:
-    """How much further apart the named things are sideways than in height, in picture sides."""
+    """Minus how far the named things are from standing side by side, in picture sides; 0 is best."""
     found = offset(prompt, picture)
-    return MISSING if found is None else abs(found[0]) - abs(found[1])
+    return MISSING if found is None else _worth(*found)
+
+
+def _worth(across: float, down: float) -> float:
+    return -abs(down) - abs(abs(across) - APART)
 
 
 def reward(
@@ -66,10 +75,12 @@ def _row(prompt: ScenePrompt, rng: np.random.Generator) -> Row:
     tie, wrong = rng.random() < TIES, rng.random() < WRONG
     scene = draw_scene(prompt, rng)
     while True:
-        scenes = [rearrange(scene, rng) for _ in range(2)]
-        # Only to save renderings that would be thrown away: a triangle's centroid lies lower.
+        scenes = [_arranged(scene, -math.inf if tie else GOOD, rng), rearrange(scene, rng)]
+        if rng.random() < 0.5:
+            scenes.reverse()
+        # Drawing moves the worth a little; far from what is asked, no picture need be rendered.
         planned = abs(_planned(scenes[0]) - _planned(scenes[1]))
-        if planned > SLACK if tie else planned < CLEAR - SLACK:
+        if planned > 2 * LEVEL if tie else planned < CLEAR - LEVEL:
             continue
         pictures = [render(one, seed=int(rng.integers(2**31))) for one in scenes]
         first, second = (beside(prompt, picture) for picture in pictures)
@@ -85,9 +96,15 @@ def _row(prompt: ScenePrompt, rng: np.random.Generator) -> Row:
     }
 
 
+def _arranged(scene: Scene, least: float, rng: np.random.Generator) -> Scene:
+    while _planned(moved := rearrange(scene, rng)) < least:
+        pass
+    return moved
+
+
 def _planned(scene: Scene) -> float:
     first, second = scene.objects
-    return abs(first.x - second.x) - abs(first.y - second.y)
+    return _worth(first.x - second.x, first.y - second.y)
 
 
 def _png(picture: Image) -> bytes:

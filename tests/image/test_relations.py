@@ -23,18 +23,18 @@ def _importable() -> Iterator[None]:
     sys.path.remove(str(SCRIPTS))
 
 
-def test_beside_is_the_distance_sideways_less_that_in_height() -> None:
-    from relation_world import MISSING, beside
+def test_beside_is_how_far_two_things_are_from_standing_side_by_side() -> None:
+    from relation_world import APART, MISSING, beside
 
     def picture(x: float, y: float) -> Image.Image:
         red = SceneObject("circle", "red", 0.3, 0.2, 0.12)
         return render(Scene((red, SceneObject("square", "blue", x, y, 0.12)), "white"))
 
     assert beside("a red circle and a blue square", picture(0.7, 0.3)) == pytest.approx(
-        0.3, abs=0.03
+        -0.1 - abs(0.4 - APART), abs=0.03
     )
     assert beside("a blue square and a red circle", picture(0.4, 0.8)) == pytest.approx(
-        -0.5, abs=0.03
+        -0.6 - abs(0.1 - APART), abs=0.03
     )
     assert beside("a red circle and a green square", picture(0.7, 0.3)) == MISSING
 
