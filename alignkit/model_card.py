@@ -16,7 +16,7 @@ _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
 _TEXT_LORA = """\
 from peft import PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import {loader}, AutoTokenizer
 
 folder = {folder}
 base = {base_model}
@@ -24,10 +24,10 @@ model = PeftModel.from_pretrained(base, folder)
 tokenizer = AutoTokenizer.from_pretrained({tokenizer})"""
 
 _TEXT_FULL = """\
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import {loader}, AutoTokenizer
 
 folder = {folder}
-model = AutoModelForCausalLM.from_pretrained(folder)
+model = {loader}.from_pretrained(folder)
 tokenizer = AutoTokenizer.from_pretrained({tokenizer})"""
 
 _IMAGE_LORA = """\
@@ -76,7 +76,7 @@ def model_card(facts: ReportFacts, *, base: str | None, modality: str, files: It
     parts += ["## How it was trained", _facts_table(facts)]
     if facts.evaluation:
         parts += ["## Evaluation", _evaluation_table(facts)]
-    parts += ["## Intended use and limits", _limits(modality)]
+    parts += ["## Intended use and limits", _limits(facts, modality)]
     if facts.citations:
         entries = "\n\n".join(_fenced(entry) for entry in facts.citations)
         parts += ["## Citations", f"```bibtex\n{entries}\n```"]
@@ -92,7 +92,8 @@ def _front_matter(
     front: dict[str, Any] = {"library_name": library}
     if base is not None and _HUB_NAME.fullmatch(base) and not Path(base).exists():
         front["base_model"] = base
-    front["pipeline_tag"] = "text-to-image" if modality == "image" else "text-generation"
+    text = "text-classification" if _scores(facts) else "text-generation"
+    front["pipeline_tag"] = "text-to-image" if modality == "image" else text
     front["tags"] = tags
     return yaml.safe_dump(front, sort_keys=False, allow_unicode=True, width=10_000)
 
@@ -113,7 +114,10 @@ def _loading_code(
 ) -> str:
     folder = f"{_public(facts.run_dir).rstrip('/')}/model" if facts.run_dir else "model"
     base = None if base is None else _public(base)
-    loader = "DiffusionPipeline" if modality == "image" else "AutoModelForCausalLM"
+    scores = modality == "text" and _scores(facts)
+    loader = {"image": "DiffusionPipeline", "text": "AutoModelForCausalLM"}[modality]
+    loader = "AutoModelForSequenceClassification" if scores else loader
+    more = ", num_labels=1" if scores else ""
     given = "...  # the model that was trained"
     template = {
         ("text", True): _TEXT_LORA,
@@ -123,9 +127,15 @@ def _loading_code(
     }[modality, adapter]
     return template.format(
         folder=f"{folder!r}  # this folder, or its name on the hub",
-        base_model=given if base is None else f"{loader}.from_pretrained({base!r})",
+        base_model=given if base is None else f"{loader}.from_pretrained({base!r}{more})",
+        loader=loader,
         tokenizer="folder" if base is None or _has_tokenizer(names) else repr(base),
     )
+
+
+def _scores(facts: ReportFacts) -> bool:
+    """Whether the model gives a number and no answers."""
+    return str(facts.policy.get("class", "")).endswith("ForSequenceClassification")
 
 
 def _has_tokenizer(names: list[str]) -> bool:
@@ -160,11 +170,12 @@ def _table(head: tuple[str, str], rows: Mapping[str, str]) -> str:
     return "\n".join(lines)
 
 
-def _limits(modality: str) -> str:
-    what = "pictures" if modality == "image" else "answers"
+def _limits(facts: ReportFacts, modality: str) -> str:
+    what = "give pictures" if modality == "image" else "give answers"
+    what = "score answers higher that are" if _scores(facts) else what
     return (
-        f"The model is meant to give {what} like those that its preference data preferred, with "
-        "the biases of that data and of its base model, whose licence and limits go on to apply. "
+        f"The model is meant to {what} like those that its preference data preferred, with the "
+        "biases of that data and of its base model, whose licence and limits go on to apply. "
         "It was not tested for safety beyond what stands above; judge it on your own prompts first."
     )
 

@@ -39,7 +39,7 @@ Row = dict[str, Any]
 
 
 def beside(prompt: ScenePrompt | str, picture: Image) -> float:
-    """Minus how far the named things are from standing side by side, in picture sides; 0 is best."""
+    """Minus how far the named things are from standing side by side; 0 is best (picture sides)."""
     found = offset(prompt, picture)
     return MISSING if found is None else _worth(*found)
 

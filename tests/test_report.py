@@ -593,6 +593,16 @@ def test_model_card(
         assert words in card, words
 
 
+def test_the_card_of_a_reward_model_loads_it_as_what_it_is(run: RunFolder) -> None:
+    facts = facts_of(run, policy={"class": "LlamaForSequenceClassification"})
+    for files in (TEXT_FULL, TEXT_LORA):
+        card = model_card(facts, base="org/model", modality="text", files=files)
+        assert front_matter(card)["pipeline_tag"] == "text-classification"
+        assert "AutoModelForSequenceClassification.from_pretrained(" in code_of(card)
+        assert "AutoModelForCausalLM" not in card and "score answers" in card
+        compile(code_of(card), "card", "exec")
+
+
 def test_model_card_of_a_local_base_names_no_hub_model(
     run: RunFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
